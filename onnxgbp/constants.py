@@ -1,0 +1,84 @@
+"""Values that are known before the model runs: axes, pads, shapes, thresholds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+__all__ = ["SMALL", "constant_value", "is_constant"]
+
+SMALL = 1 << 16  # elements: what tells a shape, a threshold or one number per channel is never larger
+_FOLDABLE = frozenset(
+    "Add Cast Concat ConstantOfShape Div Equal Expand Floor Gather Greater Identity Less Max Min Mul Neg Not Pow Range "
+    "Reciprocal ReduceProd ReduceSum Reshape Shape Size Slice Sqrt Squeeze Sub Transpose Unsqueeze Where".split()
+)
+
+
+def is_constant(value: ir.Value) -> bool:
+    """An initializer that a caller cannot override, or the result of a Constant node.
+
+    Up to IR 3 every initializer had to be listed as an input too; only later files mean an override by that.
+    """
+    if value.is_initializer():
+        graph = value.graph
+        version = graph.meta.get("ir_version", 0) if graph is not None else 0
+        return not value.is_graph_input() or version < 4
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Constant" and producer.domain == ""
+
+
+def constant_value(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
+    """The value of a small tensor that does not depend on the input, folding the nodes that compute it; or None."""
+    if value is None:
+        return None
+    if "constant" not in value.meta:
+        value.meta["constant"] = _fold(value)
+    folded: np.ndarray[Any, Any] | None = value.meta["constant"]
+    return folded
+
+
+def _fold(value: ir.Value) -> np.ndarray[Any, Any] | None:
+    if is_constant(value):
+        tensor = ir.convenience.get_const_tensor(value)
+        return tensor.numpy() if tensor is not None and tensor.size <= SMALL else None
+    node = value.producer()
+    if node is None or node.domain != "" or node.op_type not in _FOLDABLE or value.graph is None:
+        return None
+    if node.op_type == "Shape" and node.inputs[0] is not None:
+        return _static_shape(node)
+    arrays = [constant_value(source) for source in node.inputs]
+    if any(array is None and source is not None for array, source in zip(arrays, node.inputs, strict=True)):
+        return None
+    size = value.shape.numpy() if value.shape is not None and value.shape.is_static() else None
+    if size is None or int(np.prod(size, dtype=np.int64)) > SMALL:
+        return None
+    return _run(node, arrays, value.graph.opset_imports[""])
+
+
+def _static_shape(node: ir.Node) -> np.ndarray[Any, Any] | None:
+    source = node.inputs[0]
+    assert source is not None  # Shape has an input
+    if source.shape is None or not source.shape.is_static():
+        return None
+    start, end = (node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end"))
+    return np.array(source.shape.numpy()[start:end], np.int64)
+
+
+def _run(node: ir.Node, arrays: list[np.ndarray[Any, Any] | None], opset: int) -> np.ndarray[Any, Any] | None:
+    proto = ir.to_proto(node)
+    given = {source.name or "": array for source, array in zip(node.inputs, arrays, strict=True) if source is not None}
+    graph = onnx.helper.make_graph(
+        [proto],
+        "fold",
+        [onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for name, a in given.items() if a is not None],
+        [onnx.ValueInfoProto(name=proto.output[0])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    try:
+        return np.asarray(ReferenceEvaluator(model).run(None, given)[0])
+    except Exception:  # noqa: BLE001 - whatever stops the evaluator, the value is simply not known before the run
+        return None

@@ -1,0 +1,181 @@
+"""The pipeline: load -> recognise -> differentiate -> install rules -> lower -> one plain ONNX model."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Iterable, Sequence
+
+import onnx
+import onnx_ir as ir
+
+from onnxgbp.activations import Activation
+from onnxgbp.differentiate import differentiate, find_path
+from onnxgbp.emit import PRIVATE, Emit
+from onnxgbp.errors import NeedsOpset, OnnxgbpError
+from onnxgbp.lower import PROFILES, lower, prune
+from onnxgbp.model import METADATA, ModelLike, Source, load, raised
+from onnxgbp.recognise import recognise
+from onnxgbp.rules import Choice, choose, install, parse_activations, parse_rules
+from onnxgbp.target import Explained, explained_tensor, make_seed, parse_target, parse_unit, wrt_tensors
+
+__all__ = ["GradientGraph", "Rules", "convert"]
+
+Rules = Iterable["str | tuple[str, str]"]
+
+
+def convert(
+    model: ModelLike,
+    *,
+    method: str = "guided",
+    target: str | int = "argmax",
+    output: str | None = None,
+    unit: str | int | Sequence[int] | None = None,
+    wrt: str | Sequence[str] = (),
+    rule: Rules = (),
+    activations: str | Sequence[str] = "all",
+    profile: str = "ort",
+) -> onnx.ModelProto:
+    """Turns a classifier into one plain ONNX model that gives the original outputs and the attribution.
+
+    The result has the source's inputs (and `target`, int64 [N], -1 for argmax, or `seed`, the shape of the explained
+    tensor, where those are asked for), the source's outputs first, then `attribution` (raw and signed, shape and type
+    of the explained input; `attribution_<name>` each for several), then `attribution_target` (int64 [N]).
+
+    Args:
+        model: a path, or a `ModelProto`.
+        method: the rule at every activation: gradient, deconvnet or guided; formulas and papers stand in `rules.py`.
+        target: what is explained for each sample: argmax, a class index, or input / seed to feed it at run time.
+        output: the tensor to explain; by default the scores before a last softmax or sigmoid.
+        unit: for an inner tensor, the index behind the batch axis: a channel, or a channel and a position.
+        wrt: the tensors to attribute to; by default every float input.
+        rule: (pattern, rule) pairs or 'PATTERN=RULE' strings, matched first to last by forward node name before `method`.
+        activations: all, relu, or names: which activations get the rule, the others stay plain.
+        profile: ort spells the gradient for ONNX Runtime's speed, portable for every runtime.
+    Raises:
+        OnnxgbpError: the model or an option cannot be used; the message names what, where, and the way out.
+    """
+    graph = GradientGraph.build(load(model), target=target, output=output, unit=unit, wrt=wrt)
+    return graph.render(method=method, rule=rule, activations=activations, profile=profile)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientGraph:
+    """A model with its gradient, differentiated once, its activation steps still open for any rule."""
+
+    source: Source
+    model: ir.Model
+    found: tuple[Activation, ...]  # the activations that the gradient passes, in forward order
+    explained: Explained
+    options: dict[str, str]
+
+    @classmethod
+    def build(
+        cls,
+        source: Source,
+        *,
+        target: str | int = "argmax",
+        output: str | None = None,
+        unit: str | int | Sequence[int] | None = None,
+        wrt: str | Sequence[str] = (),
+    ) -> GradientGraph:
+        """Differentiates a model. The arguments are those of `convert`."""
+        if METADATA + "method" in source.model.metadata_props:
+            raise OnnxgbpError(f"{source.name} is already a converted file; convert the model that it was made from")
+        what, which = parse_target(target), parse_unit(unit)
+        names = [wrt] if isinstance(wrt, str) else list(wrt)
+        while True:
+            try:
+                return cls._build(source, what, output, which, names)
+            except NeedsOpset as needs:
+                source = raised(source, needs.opset)
+
+    @classmethod
+    def _build(
+        cls, source: Source, target: str | int, output: str | None, unit: tuple[int, ...] | None, wrt: Sequence[str]
+    ) -> GradientGraph:
+        model = source.model.clone()
+        graph = model.graph
+        inputs = wrt_tensors(graph, wrt)
+        explained = explained_tensor(graph, inputs, output)
+        found = recognise(graph)
+        op = Emit(graph)
+        seed = make_seed(op, explained, target, unit)
+        gradients = differentiate(op, explained.tensor, seed.seed, inputs, found)
+        nodes = op.take()
+        graph.extend(nodes)
+        results = {f"attribution_{value.name}" if len(inputs) > 1 else "attribution": value for value in inputs}
+        for name, value in results.items():
+            _output(op, name, gradients[value])
+        _output(op, "attribution_target", seed.target)
+        for name, value in results.items():
+            outcome = next(o for o in graph.outputs if o.name == name)
+            outcome.type, outcome.shape = value.type, value.meta.get("declared", (None, value.shape))[1]
+        marked = {node.meta["activation"] for node in nodes if node.op_type == "Activation" and node.domain == PRIVATE}
+        options = {
+            "target": str(target),
+            "explained": explained.tensor.name or "",
+            "wrt": json.dumps([value.name for value in inputs]),
+        } | ({"unit": ",".join(map(str, unit))} if unit is not None else {})
+        order = [activation for activation in found.values() if activation in marked]
+        return cls(source, model, tuple(order), explained, options)
+
+    def choices(self, *, method: str = "guided", rule: Rules = (), activations: str | Sequence[str] = "all") -> dict[str, Choice]:
+        """The rule of every activation, keyed by the name of its output: the audit."""
+        return choose(self.found, parse_rules(method, rule), parse_activations(activations))
+
+    def render(
+        self, *, method: str = "guided", rule: Rules = (), activations: str | Sequence[str] = "all", profile: str = "ort"
+    ) -> onnx.ModelProto:
+        """The finished model under one choice of rules. The arguments are those of `convert`."""
+        if profile not in PROFILES:
+            raise OnnxgbpError(f"no profile is called '{profile}': choose one of {', '.join(PROFILES)}")
+        rules = list(rule)
+        choices = self.choices(method=method, rule=rules, activations=activations)
+        model = self.model.clone()
+        op = Emit(model.graph)
+        try:
+            install(op, choices)
+            lower(op, profile)
+        except NeedsOpset as needs:
+            again = GradientGraph.build(
+                raised(self.source, needs.opset),
+                target=self.options["target"],
+                output=self.options["explained"],
+                unit=self.options.get("unit"),
+                wrt=json.loads(self.options["wrt"]),
+            )
+            return again.render(method=method, rule=rules, activations=activations, profile=profile)
+        prune(model.graph)
+        _plain(model.graph)
+        options = self.options | {
+            "activations": activations if isinstance(activations, str) else ",".join(activations),
+            "method": method,
+            "profile": profile,
+            "rules": json.dumps([f"{pattern}={name}" for pattern, name in parse_rules(method, rules)]),
+            "sha256": self.source.sha256,
+            "version": importlib.metadata.version("onnxgbp"),
+        }
+        model.metadata_props.update({METADATA + name: value for name, value in sorted(options.items())})
+        return ir.to_proto(model)
+
+
+def _output(op: Emit, name: str, value: ir.Value) -> None:
+    """Adds a graph output. Identity keeps it apart from whatever tensor the rules will leave behind it."""
+    op.scope = "onnxgbp"
+    result = op.Identity(value)
+    result.name = op.claim(name)
+    op.graph.extend(op.take())
+    op.graph.outputs.append(result)
+
+
+def _plain(graph: ir.Graph) -> None:
+    """What the source said of its inputs and outputs stands again; no shapes of inner tensors, which any reader infers."""
+    assert not any(node.domain == PRIVATE for node in graph), "a private call survived lowering"
+    ends = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
+    for value in (v for node in graph for v in node.outputs if v not in ends):
+        value.type = value.shape = None
+    for value in (*graph.inputs, *graph.outputs):
+        if "declared" in value.meta:
+            value.type, value.shape = value.meta["declared"]

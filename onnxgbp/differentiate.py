@@ -1,0 +1,152 @@
+"""The reverse sweep: from the gradient of one tensor to the gradients of others, node by node.
+
+Every step writes new nodes behind the forward graph and changes none of it. An activation's step is left as one marked
+call `Activation(x, y, dy)` that `rules.install` replaces; so one gradient graph serves every attribution rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from onnxgbp.activations import Activation
+from onnxgbp.broadcast import unbroadcast
+from onnxgbp.emit import Emit, dims_of, is_float
+from onnxgbp.errors import OnnxgbpError
+from onnxgbp.step import Step, label
+from onnxgbp.vjps import VJPS, ZERO_GRADIENT, Entry
+
+__all__ = ["Path", "differentiate", "find_path", "missing_rules"]
+
+Path = list[ir.Node]
+
+
+def find_path(graph: ir.Graph, tensor: ir.Value, wrt: Iterable[ir.Value]) -> Path:
+    """The nodes that carry a gradient from `tensor` back to one of `wrt`, in the order of the forward pass."""
+    active = set(wrt)
+    forward = []
+    for node in graph:
+        if _key(node) in ZERO_GRADIENT or not any(value in active for value in _read(node)):
+            continue
+        forward.append(node)
+        active.update(value for value in node.outputs if value.dtype is None or is_float(value))
+    needed, path = {tensor}, []
+    for node in reversed(forward):
+        if any(value in needed for value in node.outputs):
+            path.append(node)
+            needed.update(value for value in _read(node) if value in active)
+    return path[::-1]
+
+
+def _read(node: ir.Node) -> list[ir.Value]:
+    """What a node reads, what the bodies of its control flow read from outside included."""
+    values = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph().all_nodes():
+                values += [v for v in inner.inputs if v is not None and v.graph is node.graph]
+    return values
+
+
+def missing_rules(path: Path, tensor: ir.Value, found: Mapping[ir.Node, Activation]) -> list[ir.Node]:
+    """The nodes that a gradient reaches and no rule differentiates; the parts of an activation's group need none."""
+    reached, missing = {tensor}, []
+    for node in reversed(path):
+        if not any(value in reached for value in node.outputs):
+            continue
+        reached.update([found[node].x] if node in found else _read(node))
+        if node not in found and _key(node) not in VJPS:
+            missing.append(node)
+    return missing[::-1]
+
+
+def differentiate(
+    op: Emit,
+    tensor: ir.Value,
+    seed: ir.Value,
+    wrt: Sequence[ir.Value],
+    found: Mapping[ir.Node, Activation],
+) -> dict[ir.Value, ir.Value]:
+    """Writes the gradient of `sum(seed * tensor)` with respect to each tensor of `wrt`.
+
+    Args:
+        op: where the nodes go; the caller places them behind the forward graph.
+        tensor: the explained tensor, any float tensor of the graph.
+        seed: the gradient that arrives at it, of its shape and type.
+        wrt: float tensors of the graph.
+        found: the recognised activations.
+    Returns:
+        The gradient of each of `wrt`, of its shape and type.
+    Raises:
+        OnnxgbpError: an operator on the path has no rule, or a tensor of `wrt` does not reach `tensor`.
+    """
+    path = find_path(op.graph, tensor, wrt)
+    active = set(wrt) | {value for node in path for value in node.outputs}
+    gradients: dict[ir.Value, list[ir.Value]] = {tensor: [seed]}
+    for node in reversed(path):
+        dys = [_total(op, gradients, value) for value in node.outputs]
+        if all(dy is None for dy in dys):
+            continue  # inside an activation's group, or read by nothing that carries a gradient
+        op.scope = f"gradient/{label(node)}"
+        for value, dx in _step(op, node, dys, found, active):
+            gradients.setdefault(value, []).append(op.typed(dx, value))
+    op.scope = "gradient"
+    result = {value: _total(op, gradients, value) for value in wrt}
+    for value, gradient in result.items():
+        if gradient is None:
+            raise OnnxgbpError(
+                f"no gradient reaches '{value.name}' from '{tensor.name}': no differentiable path connects them; "
+                "choose other tensors with --wrt or --output"
+            )
+    return {value: gradient for value, gradient in result.items() if gradient is not None}
+
+
+def _step(
+    op: Emit,
+    node: ir.Node,
+    dys: Sequence[ir.Value | None],
+    found: Mapping[ir.Node, Activation],
+    active: set[ir.Value],
+) -> Iterable[tuple[ir.Value, ir.Value]]:
+    """The gradients that one node passes to those of its inputs that lead to `wrt`."""
+    step = Step(node, dys)
+    if node in found:
+        activation = found[node]
+        tensors = [argument for argument in activation.arguments.values() if isinstance(argument, ir.Value)]
+        call = op.private("Activation", activation.x, activation.y, step.dy, *tensors, like=activation.x, activation=activation)
+        yield activation.x, call
+        return
+    entry = _entry(step)
+    for index, value in enumerate(node.inputs):
+        if value is None or value not in active:
+            continue
+        dx = entry.vjp(op, step, index)
+        if dx is not None:
+            yield value, unbroadcast(op, dx, dims_of(step.y), value) if entry.broadcasts else dx
+
+
+def _entry(step: Step) -> Entry:
+    entry = VJPS.get(_key(step.node))
+    if entry is None:
+        domain = f" of domain '{step.node.domain}'" if step.node.domain else ""
+        raise OnnxgbpError(
+            f"operator {step.node.op_type}{domain} (node '{label(step.node)}') has no gradient rule; explain a tensor "
+            f"before it with --output, or attribute to a tensor behind it with --wrt {step.y.name}"
+        )
+    return entry
+
+
+def _key(node: ir.Node) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def _total(op: Emit, gradients: Mapping[ir.Value, list[ir.Value]], value: ir.Value) -> ir.Value | None:
+    """The sum of what arrives; it is kept, since a tensor of `wrt` may lie in the middle of the path."""
+    parts = gradients.get(value)
+    if not parts:
+        return None
+    while len(parts) > 1:
+        first, second = parts.pop(0), parts.pop(0)
+        parts.insert(0, op.typed(op.Add(first, second), value))
+    return parts[0]

@@ -1,0 +1,276 @@
+"""The builder that every rule writes with: `op.Mul(a, b)`, `op.Conv(x, w, strides=[2, 2])`.
+
+A rule names operators and arguments as the newest standard does. Where an older opset takes an argument as an
+attribute instead of an input (`axes`, `pads`, `min`...), the schema tells, and the rule need not know.
+Python numbers become constants of the first tensor's type, lists become int64 constants.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxgbp.constants import constant_value
+from onnxgbp.errors import NeedsOpset, OnnxgbpError
+
+__all__ = ["PRIVATE", "Dims", "Emit", "Operand", "dims_of", "is_float", "numel"]
+
+# Calls in this domain live only between differentiation and lowering; `convert` saves none of them.
+PRIVATE = "onnxgbp.private"
+_CONSTANT = "onnxgbp/constant"
+
+Operand: TypeAlias = "ir.Value | np.ndarray[Any, Any] | Sequence[int] | float | int | None"
+Dims: TypeAlias = "tuple[int | str | None, ...]"
+
+# Arguments that had another name while they were attributes.
+_OLD_NAMES = {("Pad", "constant_value"): "value"}
+
+_BOOL_RESULT = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "IsNaN", "IsInf"}
+_INT64_RESULT = {"ArgMax", "ArgMin", "NonZero", "Shape", "Size"}
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+
+
+def is_float(value: ir.Value) -> bool:
+    return value.dtype in _FLOATS
+
+
+def dims_of(value: ir.Value) -> Dims | None:
+    """The dims of a tensor: an int, a symbol, or None where nothing is known. None for an unknown rank."""
+    if value.shape is None:
+        return None
+    return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+
+
+def numel(dims: Sequence[int | str | None]) -> int | None:
+    """The product of the dims, or None where one of them is free."""
+    product = 1
+    for dim in dims:
+        if not isinstance(dim, int):
+            return None
+        product *= dim
+    return product
+
+
+@functools.cache
+def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema:
+    try:
+        return onnx.defs.get_schema(op_type, opset, "")
+    except onnx.defs.SchemaError:
+        raise NeedsOpset(_next_opset(opset)) from None
+
+
+def _next_opset(opset: int) -> int:
+    """Opset 13 has nearly everything a gradient needs; 18 has the rest (`axes` as an input everywhere)."""
+    return 13 if opset < 13 else 18 if opset < 18 else opset + 1
+
+
+def _formal(schema: onnx.defs.OpSchema) -> list[str]:
+    return [formal.name for formal in schema.inputs]
+
+
+def _constant_key(tensor: ir.TensorProtocol) -> tuple[Any, ...]:
+    return tensor.dtype, tuple(tensor.shape), tensor.tobytes()
+
+
+class Emit:
+    """Collects new nodes in `nodes`; the caller places them. Constants and names are shared over the graph."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.opset = graph.opset_imports[""]
+        self.nodes: list[ir.Node] = []
+        self.scope = "onnxgbp"
+        self._ir_version = int(graph.meta["ir_version"])
+        self._constants: dict[tuple[Any, ...], ir.Value] = {}
+        self._names = {value.name for node in graph for value in node.outputs}
+        self._names |= {value.name for value in graph.inputs} | set(graph.initializers)
+        self._names |= {node.name for node in graph}
+        self._counts: dict[str, int] = {}
+        for name, value in graph.initializers.items():
+            if name.startswith(_CONSTANT) and value.const_value is not None:
+                self._constants[_constant_key(value.const_value)] = value
+
+    def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
+        if not op_type[0].isupper():
+            raise AttributeError(op_type)
+        return functools.partial(self._node, "", op_type)
+
+    def private(self, op_type: str, *inputs: ir.Value | None, like: ir.Value, **meta: Any) -> ir.Value:
+        """A call that a later step of the pipeline replaces; its parameters travel as Python objects in `meta`."""
+        value = self._node(PRIVATE, op_type, *inputs)
+        node = value.producer()
+        assert node is not None  # it was made one line above
+        node.meta.update(meta)
+        return self.typed(value, like)
+
+    def take(self) -> list[ir.Node]:
+        """The nodes emitted since the last call, for the caller to place in the graph."""
+        nodes, self.nodes = self.nodes, []
+        return nodes
+
+    def name(self, base: str) -> str:
+        """A name that neither the source nor an earlier node has."""
+        name = base
+        while name in self._names:
+            self._counts[base] = self._counts.get(base, 0) + 1
+            name = f"{base}_{self._counts[base]}"
+        self._names.add(name)
+        return name
+
+    def constant(self, array: np.ndarray[Any, Any], dtype: ir.DataType | None = None) -> ir.Value:
+        """A constant tensor; equal ones are made once."""
+        tensor = ir.tensor(array, dtype=dtype)
+        key = _constant_key(tensor)
+        if key not in self._constants:
+            self._constants[key] = self._new_constant(tensor)
+        return self._constants[key]
+
+    def like(self, number: float | np.ndarray[Any, Any], tensor: ir.Value) -> ir.Value:
+        """A constant of the tensor's type."""
+        dtype = tensor.dtype
+        assert dtype is not None  # every value has its type before a rule sees it
+        return self.constant(np.asarray(number, dtype=dtype.numpy()), dtype)
+
+    def typed(self, value: ir.Value, like: ir.Value) -> ir.Value:
+        """Notes that a new tensor has the type and the shape of another."""
+        value.type, value.shape = like.type, like.shape
+        return value
+
+    def cast_like(self, value: ir.Value, like: ir.Value) -> ir.Value:
+        if value.dtype == like.dtype:
+            return value
+        assert like.dtype is not None  # every value has its type before a rule sees it
+        return self.Cast(value, to=int(like.dtype))
+
+    def shape(self, value: ir.Value) -> ir.Value:
+        """The shape as an int64 tensor: a constant where it is static."""
+        dims = dims_of(value)
+        if dims is not None and numel(dims) is not None:
+            return self.constant(np.array(dims, np.int64))
+        return self.Shape(value)
+
+    def dim(self, value: ir.Value, axis: int) -> ir.Value:
+        """One dim as an int64 tensor of shape [1]."""
+        dims = dims_of(value)
+        if dims is not None and isinstance(dims[axis], int):
+            return self.constant(np.array([dims[axis]], np.int64))
+        return self.Gather(self.Shape(value), [axis if axis >= 0 or dims is None else axis + len(dims)], axis=0)
+
+    def reshape_like(self, value: ir.Value, like: ir.Value) -> ir.Value:
+        """Reshape to another tensor's shape, with -1 for a free batch where that is enough."""
+        dims = dims_of(like)
+        if dims is not None and dims_of(value) == dims and None not in dims:
+            return value
+        return self.typed(self.Reshape(value, self._target(like)), like)
+
+    def expand_like(self, value: ir.Value, like: ir.Value) -> ir.Value:
+        """Broadcast to another tensor's shape. The value has `like`'s rank, 1 or the full size in each dim."""
+        dims, own = dims_of(like), dims_of(value)
+        target: Operand = self.shape(like)
+        if dims is not None and own is not None and len(own) == len(dims):
+            free = [i for i, dim in enumerate(dims) if not isinstance(dim, int)]
+            # A dim that the value already has in full may stand as 1 in Expand's target.
+            if all(dims[i] is not None and own[i] == dims[i] for i in free):
+                target = [dim if isinstance(dim, int) else 1 for dim in dims]
+        return self.typed(self.Expand(value, target), like)
+
+    def zeros_like(self, like: ir.Value) -> ir.Value:
+        return self.typed(self.Expand(self.like(0, like), self.shape(like)), like)
+
+    def positions(self, like: ir.Value, axis: int) -> ir.Value:
+        """0, 1, 2... along one axis of a tensor, int64, ready to broadcast against it."""
+        dims = dims_of(like) or ()
+        shape, size = [-1 if i == axis else 1 for i in range(len(dims))], dims[axis]
+        if isinstance(size, int):
+            return self.constant(np.arange(size, dtype=np.int64).reshape(shape))
+        zero, one, none = (self.constant(np.array(value, np.int64)) for value in (0, 1, []))
+        return self.Reshape(self.Range(zero, self.Reshape(self.dim(like, axis), none), one), shape)
+
+    def claim(self, name: str) -> str:
+        """Frees a name that the product promises: an inner tensor of the source that has it is renamed."""
+        for value in (*self.graph.inputs, *self.graph.outputs):
+            if value.name == name:
+                raise OnnxgbpError(f"the model has an input or output called '{name}' already, a name that a converted file needs")
+        for value in (*self.graph.initializers.values(), *(v for node in self.graph for v in node.outputs)):
+            if value.name == name:
+                value.name = self.name(f"{name}/source")
+        self._names.add(name)
+        return name
+
+    def _target(self, like: ir.Value) -> Operand:
+        dims = dims_of(like)
+        if dims is None or 0 in dims or sum(not isinstance(dim, int) for dim in dims) > 1:
+            return self.Shape(like)
+        return [dim if isinstance(dim, int) else -1 for dim in dims]
+
+    def _new_constant(self, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.val(self.name(_CONSTANT), dtype=tensor.dtype, shape=tensor.shape)
+        value.const_value = tensor
+        if self._ir_version >= 4:
+            self.graph.register_initializer(value)
+            return value
+        # Up to IR 3 each initializer must also be a graph input, and the inputs are to stay the source's.
+        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], outputs=[value], name=value.name)
+        self.graph.insert_before(self.graph[0], node)
+        return value
+
+    def _node(self, domain: str, op_type: str, *operands: Operand, outputs: int = 1, **arguments: Any) -> Any:
+        first = next((o for o in operands if isinstance(o, ir.Value)), None)
+        inputs = [self._operand(operand, first) for operand in operands]
+        attributes = {}
+        for name, argument in arguments.items():
+            if argument is None:
+                continue
+            schema = _schema(op_type, self.opset)
+            name = _OLD_NAMES.get((op_type, name), name) if name not in _formal(schema) else name
+            if name in schema.attributes:
+                if isinstance(argument, ir.Value):
+                    known = constant_value(argument)
+                    if known is None:
+                        raise NeedsOpset(_next_opset(self.opset))
+                    argument = known.tolist()
+                attributes[name] = argument
+                continue
+            if name not in _formal(schema):
+                raise NeedsOpset(_next_opset(self.opset))
+            position = _formal(schema).index(name)
+            inputs += [None] * (position + 1 - len(inputs))
+            inputs[position] = self._operand(argument, first)
+        if not domain:
+            _schema(op_type, self.opset)
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs)
+        node.name = self.name(f"{self.scope}/{op_type}")
+        for value in node.outputs:
+            value.name = node.name if outputs == 1 else self.name(f"{node.name}/{value.index()}")
+            value.type = ir.TensorType(_result_dtype(op_type, node, arguments))
+        if op_type == "Relu" or (op_type == "Neg" and first is not None):
+            node.outputs[0].shape = node.inputs[0].shape if node.inputs[0] is not None else None
+        self.nodes.append(node)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    def _operand(self, operand: Operand, first: ir.Value | None) -> ir.Value | None:
+        if operand is None or isinstance(operand, ir.Value):
+            return operand
+        if isinstance(operand, np.ndarray):
+            return self.constant(operand)
+        if isinstance(operand, Sequence):
+            return self.constant(np.array(operand, np.int64))
+        assert first is not None  # a rule combines a number with a tensor
+        return self.like(operand, first)
+
+
+def _result_dtype(op_type: str, node: ir.Node, arguments: dict[str, Any]) -> ir.DataType:
+    if op_type in _BOOL_RESULT:
+        return ir.DataType.BOOL
+    if op_type in _INT64_RESULT:
+        return ir.DataType.INT64
+    if op_type == "Cast":
+        return ir.DataType(arguments["to"])
+    source = node.inputs[1 if op_type == "Where" else 0]
+    assert source is not None and source.dtype is not None, f"{op_type} has no typed first input"
+    return source.dtype

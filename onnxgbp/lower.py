@@ -1,0 +1,235 @@
+"""How each gradient is spelled in standard operators, per profile; and the clean-up of the graph.
+
+`ort` (default) is the spelling that ONNX Runtime runs fastest, `portable` the one that is right in every runtime.
+The table at the end is the one place where a profile decides anything.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgbp.emit import PRIVATE, Emit, Operand
+from onnxgbp.window import Window
+
+__all__ = ["PROFILES", "lower", "prune", "replace_calls"]
+
+Lowering: TypeAlias = "Callable[[Emit, ir.Node], ir.Value]"
+
+
+def replace_calls(op: Emit, table: Mapping[str, Lowering]) -> None:
+    """Replaces each private call that the table knows by the nodes that its function writes."""
+    for node in list(op.graph):
+        if node.domain != PRIVATE or node.op_type not in table:
+            continue
+        op.scope = (node.name or "").rpartition("/")[0]
+        value, call = table[node.op_type](op, node), node.outputs[0]
+        op.graph.insert_before(node, op.take())
+        if value.shape is None:
+            op.typed(value, call)
+        call.replace_all_uses_with(value, replace_graph_outputs=True)
+        op.graph.remove(node, safe=True)
+
+
+def lower(op: Emit, profile: str) -> None:
+    """Spells every gradient for the profile. No private call is left."""
+    replace_calls(op, {call: choices[profile] for call, choices in LOWERINGS.items()})
+    if profile == "portable":
+        untie_weights(op)
+
+
+def _operands(node: ir.Node) -> tuple[ir.Value, ...]:
+    return tuple(value for value in node.inputs if value is not None)
+
+
+def conv_grad(op: Emit, node: ir.Node) -> ir.Value:
+    dy, w, x = _operands(node)
+    return _transposed(op, dy, w, x, node.meta["window"], node.meta["group"])
+
+
+def _transposed(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Window, group: int = 1) -> ir.Value:
+    """ConvTranspose to exactly the spatial size of x."""
+    common: dict[str, Any] = {
+        "kernel_shape": geometry.kernel,
+        "strides": geometry.strides,
+        "dilations": geometry.dilations,
+        "group": group,
+    }
+    pads, rank = geometry.pads, geometry.rank
+    if pads is not None and (geometry.static or all(stride == 1 for stride in geometry.strides)):
+        # A stride that does not divide the size leaves a ragged edge, which output_padding covers.
+        extra = [0] * rank
+        if geometry.static:
+            extra = [size - geometry.span(i) + pads[i] + pads[i + rank] for i, size in enumerate(_ints(geometry.size))]
+        return op.ConvTranspose(dy, w, pads=pads, output_padding=extra if any(extra) else None, **common)
+    # A free size shows its edge only at run time: write it out in full, then cut x's part of it.
+    full = op.ConvTranspose(dy, w, output_padding=[stride - 1 for stride in geometry.strides], **common)
+    begins = [_begin(op, dy, x, geometry, i) for i in range(rank)]
+    ends = [op.Add(begin, op.dim(x, i + 2)) for i, begin in enumerate(begins)]
+    return op.Slice(full, starts=_vector(op, begins), ends=_vector(op, ends), axes=list(range(2, rank + 2)))
+
+
+def _ints(dims: Sequence[int | str | None]) -> list[int]:
+    return [dim for dim in dims if isinstance(dim, int)]
+
+
+def _vector(op: Emit, parts: Sequence[ir.Value]) -> ir.Value:
+    return parts[0] if len(parts) == 1 else op.Concat(*parts, axis=0)
+
+
+def _begin(op: Emit, y: ir.Value, x: ir.Value, geometry: Window, axis: int) -> ir.Value:
+    """The padding before the first element, as an int64 tensor of shape [1]."""
+    if geometry.pads is not None:
+        return op.constant(np.array([geometry.pads[axis]], np.int64))
+    total = op.Max(op.Sub(_span(op, y, geometry, axis), op.dim(x, axis + 2)), [0])
+    half = op.Div(total, [2])
+    return half if geometry.upper else op.Sub(total, half)
+
+
+def _span(op: Emit, y: ir.Value, geometry: Window, axis: int) -> ir.Value:
+    """How many padded elements the windows of one dim cover together, at run time."""
+    return op.Add(op.Mul(op.Sub(op.dim(y, axis + 2), [1]), [geometry.strides[axis]]), [geometry.reach[axis]])
+
+
+def max_pool_scatter(op: Emit, node: ir.Node) -> ir.Value:
+    """A second MaxPool with Indices, whose gradient is then added where the maxima were."""
+    if op.opset < 16:  # ScatterElements cannot add before, and overlapping windows must
+        return max_pool_portable(op, node)
+    dy, x, _ = _operands(node)
+    geometry: Window = node.meta["window"]
+    if geometry.pads is None:
+        return max_pool_portable(op, node)
+    _, indices = op.MaxPool(
+        x,
+        kernel_shape=geometry.kernel,
+        strides=geometry.strides,
+        dilations=geometry.dilations,
+        pads=geometry.pads,
+        ceil_mode=int(node.meta["ceil"]),
+        outputs=2,
+    )
+    indices.type = ir.TensorType(ir.DataType.INT64)
+    size = op.Shape(op.Reshape(x, [-1]))
+    flat = op.Expand(op.like(0, x), size)
+    added = op.ScatterElements(flat, op.Reshape(indices, [-1]), op.Reshape(dy, [-1]), axis=0, reduction="add")
+    return op.reshape_like(added, x)
+
+
+def max_pool_portable(op: Emit, node: ir.Node) -> ir.Value:
+    """Lays each window's elements out as channels with a one-hot convolution, picks the first maximum, and adds back.
+
+    Channels are folded into the batch, so that one small kernel serves all. Padding is the lowest number: it never wins.
+    """
+    dy, x, y = _operands(node)
+    geometry: Window = node.meta["window"]
+    rows = _rows(op, _padded(op, x, y, geometry, op.like(np.finfo(_float(x)).min, x)))
+    elements = int(np.prod(geometry.kernel))
+    one_hot = op.like(np.eye(elements).reshape(elements, 1, *geometry.kernel), x)
+    windows = op.Conv(rows, one_hot, strides=geometry.strides, dilations=geometry.dilations)
+    order = op.constant(np.arange(elements, dtype=np.int64).reshape(1, -1, *[1] * geometry.rank))
+    first = op.Equal(order, op.ArgMax(windows, axis=1, keepdims=1))
+    picked = op.Where(first, _rows(op, dy), op.like(0, dy))
+    return op.reshape_like(_transposed(op, picked, one_hot, x, geometry), x)
+
+
+def average_pool_grad(op: Emit, node: ir.Node) -> ir.Value:
+    dy, x, y = _operands(node)
+    geometry: Window = node.meta["window"]
+    share = op.Div(dy, _window_counts(op, x, y, geometry, node.meta["count_include_pad"]))
+    ones = op.like(np.ones((1, 1, *geometry.kernel)), x)
+    return op.reshape_like(_transposed(op, _rows(op, share), ones, x, geometry), x)
+
+
+def _window_counts(op: Emit, x: ir.Value, y: ir.Value, geometry: Window, include_pad: bool) -> Operand:
+    """By how many elements each window was divided: what lies beyond the padding never counts."""
+    rank = geometry.rank
+    if geometry.static and geometry.pads is not None:
+        counts = np.ones([1, 1, *[1] * rank])
+        for i, (size, out) in enumerate(zip(_ints(geometry.size), _ints(geometry.out), strict=True)):
+            begin, end = geometry.pads[i], geometry.pads[i + rank]
+            steps = np.arange(geometry.kernel[i]) * geometry.dilations[i]
+            places = np.arange(out)[:, None] * geometry.strides[i] - begin + steps[None]
+            low, high = (-begin, size + end) if include_pad else (0, size)
+            inside = ((places >= low) & (places < high)).sum(1)
+            counts = counts * inside.reshape([1, 1, *[-1 if j == i else 1 for j in range(rank)]])
+        return float(counts.flat[0]) if (counts == counts.flat[0]).all() else op.like(counts, x)
+    sizes = [op.constant(np.array([1, 1], np.int64))] + [op.dim(x, i + 2) for i in range(rank)]
+    ones = op.Expand(op.like(1, x), op.Concat(*sizes, axis=0))
+    if include_pad and geometry.pads is not None:
+        begins, ends = geometry.pads[:rank], geometry.pads[rank:]
+        ones = op.Pad(ones, pads=[0, 0, *begins, 0, 0, *ends], constant_value=op.like(1, x))
+        geometry = Window(geometry.kernel, geometry.strides, geometry.dilations, [0] * 2 * rank, True, geometry.size, geometry.out)
+        padded = _padded(op, ones, y, geometry, op.like(0, x))
+    else:
+        padded = _padded(op, ones, y, geometry, op.like(1 if include_pad else 0, x), x)
+    return op.Conv(padded, op.like(np.ones((1, 1, *geometry.kernel)), x), strides=geometry.strides, dilations=geometry.dilations)
+
+
+def _float(x: ir.Value) -> Any:
+    assert x.dtype is not None  # every value has its type before a rule sees it
+    return x.dtype.numpy()
+
+
+def _rows(op: Emit, value: ir.Value) -> ir.Value:
+    """[N, C, ...] as [N C, 1, ...]; in Reshape, 0 copies a dim."""
+    rank = len(value.shape) - 2 if value.shape is not None else 2
+    return op.Reshape(value, [-1, 1, *[0] * rank])
+
+
+def _padded(op: Emit, x: ir.Value, y: ir.Value, geometry: Window, value: ir.Value, sized: ir.Value | None = None) -> ir.Value:
+    """x with its padding written out, as far as the windows reach (`ceil_mode` reaches beyond the pads)."""
+    rank, sized = geometry.rank, x if sized is None else sized
+    if geometry.static and geometry.pads is not None:
+        begins = geometry.pads[:rank]
+        ends = [max(geometry.span(i) - size - begins[i], 0) for i, size in enumerate(_ints(geometry.size))]
+        pads: Operand = [0, 0, *begins, 0, 0, *ends]
+        if not any(begins) and not any(ends):
+            return x
+    else:
+        first = [_begin(op, y, sized, geometry, i) for i in range(rank)]
+        last = [
+            op.Max(op.Sub(op.Sub(_span(op, y, geometry, i), op.dim(sized, i + 2)), first[i]), [0]) for i in range(rank)
+        ]
+        none = op.constant(np.array([0, 0], np.int64))
+        pads = op.Concat(none, *first, none, *last, axis=0)
+    padded = op.Pad(x, pads=pads, constant_value=value)
+    padded.shape = ir.Shape([None] * (rank + 2))
+    return padded
+
+
+def untie_weights(op: Emit) -> None:
+    """OpenVINO is silently wrong when one square weight is read in both directions: the second reader takes -(-W)."""
+    for node in list(op.graph):
+        if node.meta.get("forward") or node.op_type not in ("ConvTranspose", "Gemm", "MatMul", "Transpose"):
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is None or not value.is_initializer() or len({user for user in value.consumers()}) < 2:
+                continue
+            twice = op.Neg(op.Neg(value))
+            twice.shape, twice.type = value.shape, value.type
+            op.graph.insert_before(node, op.take())
+            node.replace_input_with(index, twice)
+
+
+def prune(graph: ir.Graph) -> None:
+    """Removes every node and constant that no output needs. Inputs stay, since the caller feeds them."""
+    for node in reversed(list(graph)):
+        if all(not value.uses() and not value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+            del graph.initializers[name]
+
+
+# call -> profile -> how it is spelled there, and why.
+LOWERINGS: dict[str, dict[str, Lowering]] = {
+    "ConvGrad": {"ort": conv_grad, "portable": conv_grad},
+    # MaxPool's Indices and ScatterElements are wrong or missing in OpenCV, tinygrad, TVM and WebGPU.
+    "MaxPoolGrad": {"ort": max_pool_scatter, "portable": max_pool_portable},
+    "AveragePoolGrad": {"ort": average_pool_grad, "portable": average_pool_grad},
+}
+PROFILES = tuple(dict.fromkeys(itertools.chain.from_iterable(LOWERINGS.values())))

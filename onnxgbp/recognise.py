@@ -1,0 +1,320 @@
+"""Finds the activations of a graph in every spelling: as one operator, or as a group of elementwise ones.
+
+A group is recognised by what it computes, not by how it is written: from each elementwise node the walk goes back to
+the one tensor x that all its operands come from, evaluates the function from x to y on a grid in float64, and
+compares it with the known activations. So Max(x, 0), Mul(x, Sigmoid(x)), both forms of GELU, Clip-and-Div forms of
+HardSwish, or an ELU made of Where and Exp need no pattern each. The forward graph is not touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from onnxgbp.activations import ACTIVATIONS, RELU_KINDS, SELU_ALPHA, SELU_GAMMA, Activation
+from onnxgbp.constants import constant_value
+from onnxgbp.emit import is_float
+from onnxgbp.step import Step
+
+__all__ = ["recognise"]
+
+Array: TypeAlias = npt.NDArray[np.float64]
+
+# Arguments that the derivative of a one-operator activation needs, by their names in the standard.
+_ARGUMENTS = {
+    "Celu": ("alpha",),
+    "Clip": ("min", "max"),
+    "Elu": ("alpha",),
+    "HardSigmoid": ("alpha", "beta"),
+    "LeakyRelu": ("alpha",),
+    "PRelu": (),
+    "Selu": ("alpha", "gamma"),
+    "Swish": ("alpha",),
+    "ThresholdedRelu": ("alpha",),
+}
+_ELEMENTWISE = frozenset(
+    "Abs Add And Cast Clip Div Elu Equal Erf Exp Floor Greater GreaterOrEqual HardSigmoid Identity IsNaN LeakyRelu Less "
+    "LessOrEqual Log Max Min Mul Neg Not Or Pow Reciprocal Relu Selu Sigmoid Sign Softplus Softsign Sqrt Sub Tanh Where".split()
+)
+_GATES = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
+_TRANSPARENT = frozenset("Cast Expand Flatten Identity Reshape Squeeze Transpose Unsqueeze".split())
+_LONGEST = 24  # nodes in a group; torch's tanh form of GELU has 8, a guarded Softplus 9
+_FLOAT_MAX = 3.0e38  # Clip before opset 11 says "no bound" with the largest float
+
+_GRID: Array = np.concatenate([np.linspace(-9.7, 9.7, 78), [-1.0, 1.0, 1e-3, -1e-3, 60.0, -60.0]])
+
+
+def recognise(graph: ir.Graph) -> dict[ir.Node, Activation]:
+    """The activations of a graph, keyed by the node that makes y."""
+    order = {node: index for index, node in enumerate(graph)}
+    found: dict[ir.Node, Activation] = {}
+    inside: set[ir.Node] = set()
+    for node in reversed(graph):  # from the end, so that the whole of a group is met before its parts
+        if node in inside:
+            continue
+        activation, group = _single(node), {node}
+        if activation is None:
+            activation, group = _keras_prelu(node) or _group(node, order) or (None, set())
+        if activation is not None:
+            found[node] = activation
+            inside |= _hidden(node, group)
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def _single(node: ir.Node) -> Activation | None:
+    if node.domain or node.op_type not in ACTIVATIONS:
+        return None
+    step, kind = Step(node), node.op_type
+    if not is_float(step.y):
+        return None  # a Clip of integers
+    arguments: dict[str, Any] = {}
+    for name in _ARGUMENTS.get(kind, ()):
+        given = step.tensor(name)
+        known = constant_value(given)
+        arguments[name] = given if given is not None and known is None else step.argument(name)
+        if isinstance(arguments[name], np.ndarray):  # a bound of shape [1], which some exporters write
+            arguments[name] = arguments[name].item()
+    if kind == "PRelu":
+        arguments["slope"] = step.input(1)
+    if kind == "Gelu" and step.argument("approximate") == "tanh":
+        kind = "GeluTanh"
+    if kind == "Clip":
+        kind, arguments = _name_clip(arguments)
+        if not arguments:
+            return None  # no bound: the identity
+    return _activation(kind, node, step.x, arguments, node.op_type)
+
+
+def _name_clip(bounds: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Which Clip is a ReLU, which a ReLU6, and which bounds are none at all."""
+    bounds = {
+        name: bound
+        for name, bound in bounds.items()
+        if bound is not None and (isinstance(bound, ir.Value) or abs(bound) < _FLOAT_MAX)
+    }
+    # ir.Value compares by identity, so these are true for numbers alone.
+    if bounds == {"min": 0.0}:
+        return "Relu", bounds
+    return ("Relu6" if bounds == {"min": 0.0, "max": 6.0} else "Clip"), bounds
+
+
+def _activation(kind: str, node: ir.Node, x: ir.Value, arguments: dict[str, Any], spelled: str) -> Activation:
+    between_0_and_1 = kind == "Clip" and arguments == {"min": 0.0, "max": 1.0}  # a HardSigmoid's second half
+    gate = _gate(node.outputs[0]) if kind in _GATES or between_0_and_1 else None
+    return Activation(kind, node, x, node.outputs[0], arguments, spelled, gate)
+
+
+def _gate(y: ir.Value) -> str | None:
+    """Why y is a gate: it multiplies another tensor (squeeze-and-excitation, attention, a recurrent cell)."""
+    for user in y.consumers():
+        if user.domain == "" and user.op_type == "Mul":
+            other = user.inputs[1] if user.inputs[0] is y else user.inputs[0]
+            if other is not y and constant_value(other) is None and other is not None and not other.is_initializer():
+                return f"it multiplies tensor '{other.name}'"
+        elif user.domain == "" and user.op_type in _TRANSPARENT and (reason := _gate(user.outputs[0])):
+            return reason
+    return None
+
+
+def _hidden(root: ir.Node, group: set[ir.Node]) -> set[ir.Node]:
+    """The nodes of a group that serve nothing but it. Others stay activations of their own for their other readers."""
+    return {
+        node
+        for node in group - {root}
+        if not any(value.is_graph_output() for value in node.outputs)
+        and all(user in group for value in node.outputs for user in value.consumers())
+    }
+
+
+def _keras_prelu(node: ir.Node) -> tuple[Activation, set[ir.Node]] | None:
+    """Relu(x) + s * Relu(-x), the PReLU that Keras writes with a slope -s per channel."""
+    if node.op_type != "Add" or node.domain:
+        return None
+    for positive, negative in (node.inputs, reversed(list(node.inputs))):
+        relu, product = _made_by(positive, "Relu"), _made_by(negative, "Mul")
+        if relu is None or product is None:
+            continue
+        for slope, rest in (product.inputs, reversed(list(product.inputs))):
+            mirrored = _made_by(rest, "Relu")
+            negation = _made_by(mirrored.inputs[0], "Neg") if mirrored else None
+            x = relu.inputs[0]
+            if negation is None or mirrored is None or x is None or slope is None or negation.inputs[0] is not x:
+                continue
+            activation = _activation("PRelu", node, x, {"slope": slope, "negated": True}, "Relu(x) + s Relu(-x)")
+            return activation, {node, relu, product, mirrored, negation}
+    return None
+
+
+def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    producer = value.producer() if value is not None else None
+    return producer if producer is not None and not producer.domain and producer.op_type == op_type else None
+
+
+def _group(root: ir.Node, order: dict[ir.Node, int]) -> tuple[Activation, set[ir.Node]] | None:
+    if root.domain or root.op_type not in _ELEMENTWISE or not is_float(root.outputs[0]):
+        return None
+    for x, group in _entries(root, order):
+        if (match := _match(root, x, group, order)) is not None:
+            kind, arguments = match
+            spelled = " ".join(node.op_type for node in sorted(group, key=order.__getitem__))
+            return _activation(kind, root, x, arguments, spelled), group
+    return None
+
+
+def _entries(root: ir.Node, order: dict[ir.Node, int]) -> Iterator[tuple[ir.Value, set[ir.Node]]]:
+    """The tensors that all operands of root come from, nearest first, each with the elementwise nodes between."""
+    group: set[ir.Node] = set()
+    frontier = [root.outputs[0]]
+    while len(group) < _LONGEST:
+        latest = max(frontier, key=lambda value: _index(value, order))
+        node = latest.producer()
+        if node is None or node.domain or node.op_type not in _ELEMENTWISE or len(node.outputs) != 1:
+            return
+        group.add(node)
+        frontier.remove(latest)
+        for source in node.inputs:
+            if source is None or source in frontier:
+                continue
+            constant = constant_value(source)
+            if constant is None:
+                if source.is_initializer():
+                    return  # a large or overridable tensor: no scalar function
+                frontier.append(source)
+            elif constant.size != 1:
+                return
+        if not frontier:
+            return
+        if len(frontier) == 1 and is_float(frontier[0]):
+            yield frontier[0], set(group)
+
+
+def _index(value: ir.Value, order: dict[ir.Node, int]) -> int:
+    producer = value.producer()
+    return order.get(producer, -1) if producer is not None else -1
+
+
+def _match(root: ir.Node, x: ir.Value, group: set[ir.Node], order: dict[ir.Node, int]) -> tuple[str, dict[str, Any]] | None:
+    evaluate = _function(root, x, sorted(group, key=order.__getitem__))
+    y = evaluate(_GRID)
+    if y is None or y.shape != _GRID.shape:
+        return None
+    for kind, guess, formula in _FAMILIES:
+        arguments = guess(_GRID, y)
+        if arguments is None:
+            continue
+        with np.errstate(all="ignore"):
+            wanted = formula(_GRID, **arguments)
+        if np.all(np.abs(y - wanted) <= 1e-6 * (1 + np.abs(wanted))):  # exporters write constants in float32
+            return kind, arguments
+    return None
+
+
+def _function(root: ir.Node, x: ir.Value, group: list[ir.Node]) -> Callable[[Array], Array | None]:
+    """The group as a numpy function in float64."""
+    graph = root.graph
+    assert graph is not None  # a forward node stands in a graph
+    nodes, constants = [], {}
+    for node in group:
+        proto = ir.to_proto(node)
+        for attribute in proto.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and is_float(node.outputs[0]):
+                attribute.i = onnx.TensorProto.DOUBLE
+        nodes.append(proto)
+        for source in node.inputs:
+            value = constant_value(source)
+            if source is not None and value is not None and source is not x:
+                wide = value.astype(np.float64) if is_float(source) else value
+                constants[source.name or ""] = onnx.numpy_helper.from_array(wide.reshape(()), source.name)
+    inner = onnx.helper.make_graph(
+        nodes,
+        "group",
+        [onnx.helper.make_tensor_value_info(x.name or "", onnx.TensorProto.DOUBLE, ["n"])],
+        [onnx.helper.make_tensor_value_info(root.outputs[0].name or "", onnx.TensorProto.DOUBLE, ["n"])],
+        list(constants.values()),
+    )
+    opsets = [onnx.helper.make_opsetid("", graph.opset_imports[""])]
+    model = onnx.helper.make_model(inner, opset_imports=opsets)
+
+    def evaluate(points: Array) -> Array | None:
+        try:
+            with np.errstate(all="ignore"):
+                return np.asarray(ReferenceEvaluator(model).run(None, {x.name or "": points})[0], np.float64)
+        except Exception:  # noqa: BLE001 - whatever the evaluator cannot run is not one of the known activations
+            return None
+
+    return evaluate
+
+
+def _at(points: Array, y: Array, x: float) -> float:
+    return float(y[np.argmin(np.abs(points - x))])
+
+
+def _sigmoid(x: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-x)))
+
+
+def _erf(x: Array) -> Array:
+    return np.array([math.erf(point) for point in x])
+
+
+def _fixed(points: Array, y: Array) -> dict[str, Any]:
+    return {}
+
+
+def _leaky(points: Array, y: Array) -> dict[str, Any] | None:
+    alpha = -_at(points, y, -1.0)
+    return {"alpha": alpha} if np.isfinite(alpha) and alpha not in (0.0, 1.0) else None
+
+
+def _elu(points: Array, y: Array) -> dict[str, Any] | None:
+    alpha = -_at(points, y, -60.0)
+    return {"alpha": alpha} if np.isfinite(alpha) and alpha > 0 else None
+
+
+def _clip(points: Array, y: Array) -> dict[str, Any] | None:
+    low, high = _at(points, y, -60.0), _at(points, y, 60.0)
+    return {"min": low, "max": high} if low < high and (low > -60 or high < 60) else None
+
+
+def _swish(points: Array, y: Array) -> dict[str, Any] | None:
+    s = _at(points, y, 1.0)
+    return {"alpha": round(float(np.log(s / (1 - s))), 6)} if 0 < s < 1 else None
+
+
+def _hard_sigmoid(points: Array, y: Array) -> dict[str, Any] | None:
+    slope = (_at(points, y, 1e-3) - _at(points, y, -1e-3)) / 2e-3
+    beta = (_at(points, y, 1e-3) + _at(points, y, -1e-3)) / 2
+    return {"alpha": slope, "beta": beta} if slope > 0 else None
+
+
+# kind, its parameters as read off the values on the grid (None: cannot be), its formula.
+_FAMILIES: list[tuple[str, Callable[[Array, Array], dict[str, Any] | None], Callable[..., Array]]] = [
+    ("Relu", _fixed, lambda x: np.maximum(x, 0)),
+    ("Relu6", lambda p, y: {"min": 0.0, "max": 6.0}, lambda x, min, max: np.clip(x, min, max)),
+    ("Swish", _swish, lambda x, alpha: x * _sigmoid(alpha * x)),
+    ("Gelu", _fixed, lambda x: x * (1 + _erf(x / np.sqrt(2))) / 2),
+    ("GeluTanh", _fixed, lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2),
+    ("HardSwish", _fixed, lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
+    ("Mish", _fixed, lambda x: x * np.tanh(np.logaddexp(0, x))),
+    ("Softplus", _fixed, lambda x: np.logaddexp(0, x)),
+    ("Sigmoid", _fixed, _sigmoid),
+    ("Tanh", _fixed, np.tanh),
+    ("Softsign", _fixed, lambda x: x / (1 + np.abs(x))),
+    ("LeakyRelu", _leaky, lambda x, alpha: np.where(x > 0, x, alpha * x)),
+    ("Elu", _elu, lambda x, alpha: np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))),
+    (
+        "Selu",
+        lambda p, y: {"alpha": SELU_ALPHA, "gamma": SELU_GAMMA},
+        lambda x, alpha, gamma: gamma * np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0))),
+    ),
+    ("HardSigmoid", _hard_sigmoid, lambda x, alpha, beta: np.clip(alpha * x + beta, 0, 1)),
+    ("Clip", _clip, lambda x, min, max: np.clip(x, min, max)),
+]
+assert RELU_KINDS <= {kind for kind, _, _ in _FAMILIES}  # `--activations relu` finds both in any spelling

@@ -1,0 +1,25 @@
+"""How each operator passes a gradient on: one table per family. `entry.py` explains the language of the tables."""
+
+from __future__ import annotations
+
+from onnxgbp.vjps import elementwise, linear, norm, pool, reduce, shape
+from onnxgbp.vjps.entry import Entry
+
+__all__ = ["FAMILIES", "VJPS", "ZERO_GRADIENT", "Entry"]
+
+FAMILIES = {
+    "elementwise": elementwise.VJPS,
+    "linear": linear.VJPS,
+    "pooling": pool.VJPS,
+    "normalisation": norm.VJPS,
+    "reduction": reduce.VJPS,
+    "shape": shape.VJPS,
+}
+
+VJPS: dict[str, Entry] = {operator: entry for family in FAMILIES.values() for operator, entry in family.items()}
+
+# Piecewise constant, or not a function of the values at all: a gradient of zero is right, which differs from unknown.
+ZERO_GRADIENT = frozenset(
+    "And ArgMax ArgMin BitShift Ceil ConstantOfShape Equal EyeLike Floor Greater GreaterOrEqual IsInf IsNaN Less "
+    "LessOrEqual NonMaxSuppression NonZero Not OneHot Or RandomNormalLike RandomUniformLike Round Shape Sign Size Xor".split()
+)

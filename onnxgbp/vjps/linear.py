@@ -1,0 +1,108 @@
+"""Linear layers: the gradient for the data input reads the weight in the other direction.
+
+How a convolution's gradient is spelled depends on where it shall run: `lower.py` knows, the rules here do not.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxgbp.broadcast import unbroadcast
+from onnxgbp.emit import Emit, dims_of
+from onnxgbp.step import Step
+from onnxgbp.vjps.entry import inputs
+from onnxgbp.window import window
+
+__all__ = ["VJPS"]
+
+
+def conv_x(op: Emit, s: Step) -> ir.Value:
+    """The transpose of the convolution, cut to the size of x."""
+    w = s.input(1)
+    return op.private("ConvGrad", s.dy, w, s.x, like=s.x, window=window(s, dims_of(w)), group=int(s.argument("group")))
+
+
+def conv_transpose_x(op: Emit, s: Step) -> ir.Value:
+    """ConvTranspose is the transpose of a Conv, so its gradient is that Conv."""
+    w = s.input(1)
+    geometry = window(s, dims_of(w), transposed=True)
+    pads = geometry.pads
+    if pads is None:
+        raise s.refuse("its padding depends on a free dim; export the model with a fixed input size")
+    return op.Conv(
+        s.dy,
+        w,
+        strides=geometry.strides,
+        dilations=geometry.dilations,
+        pads=pads,
+        group=int(s.argument("group")),
+    )
+
+
+def gemm_a(op: Emit, s: Step) -> ir.Value:
+    """Y = alpha A' B' + beta C, so dA' = alpha dY B'^T; A' and B' are transposed where the flags say so."""
+    b, alpha = s.input(1), float(s.argument("alpha"))
+    trans_a, trans_b = int(s.argument("transA")), int(s.argument("transB"))
+    if trans_a:
+        return op.Gemm(b, s.dy, alpha=alpha, transA=trans_b, transB=1)
+    return op.Gemm(s.dy, b, alpha=alpha, transB=1 - trans_b)
+
+
+def gemm_b(op: Emit, s: Step) -> ir.Value:
+    a, alpha = s.input(0), float(s.argument("alpha"))
+    trans_a, trans_b = int(s.argument("transA")), int(s.argument("transB"))
+    if trans_b:
+        return op.Gemm(s.dy, a, alpha=alpha, transA=1, transB=trans_a)
+    return op.Gemm(a, s.dy, alpha=alpha, transA=1 - trans_a)
+
+
+def gemm_c(op: Emit, s: Step) -> ir.Value:
+    return op.Mul(unbroadcast(op, s.dy, dims_of(s.y), s.input(2)), float(s.argument("beta")))
+
+
+def matmul_a(op: Emit, s: Step) -> ir.Value:
+    """dA = dY B^T, summed over the batch dims in which A was broadcast."""
+    b, dy = _matrices(op, s)[1:]
+    return _fold_batch(op, s, op.MatMul(dy, _transposed(op, b, max(s.rank(s.input(1)), 2))), 0)
+
+
+def matmul_b(op: Emit, s: Step) -> ir.Value:
+    a, _, dy = _matrices(op, s)
+    return _fold_batch(op, s, op.MatMul(_transposed(op, a, max(s.rank(s.input(0)), 2)), dy), 1)
+
+
+def _matrices(op: Emit, s: Step) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """A, B and dY with the dim of size 1 that MatMul adds to a vector written out."""
+    a, b, dy = s.input(0), s.input(1), s.dy
+    if s.rank(b) == 1:
+        b, dy = op.Unsqueeze(b, axes=[1]), op.Unsqueeze(dy, axes=[s.rank(s.y)])
+    if s.rank(a) == 1:
+        # With a vector B as well dY is a scalar made a vector above, and this makes it a matrix.
+        a, dy = op.Unsqueeze(a, axes=[0]), op.Unsqueeze(dy, axes=[max(s.rank(s.y) - 1, 0)])
+    return a, b, dy
+
+
+def _transposed(op: Emit, value: ir.Value, rank: int) -> ir.Value:
+    perm = list(range(rank))
+    perm[-2:] = perm[-1], perm[-2]
+    return op.Transpose(value, perm=perm)
+
+
+def _fold_batch(op: Emit, s: Step, gradient: ir.Value, index: int) -> ir.Value:
+    """Sums over broadcast batch dims; the matrix dims are right already."""
+    like, other = s.input(index), s.input(1 - index)
+    own, rest = dims_of(like) or (), dims_of(other) or ()
+    if len(own) == 1:
+        # The gradient is [batch..., 1, k] or [batch..., k, 1], with the batch of the other operand.
+        axes = list(range(len(rest) - 2))
+        return op.reshape_like(op.ReduceSum(gradient, axes=axes, keepdims=0) if axes else gradient, like)
+    batch = own[:-2] if len(rest) == 1 else (dims_of(s.y) or ())[:-2]
+    return unbroadcast(op, gradient, batch + own[-2:], like)
+
+
+VJPS = {
+    "Conv": inputs(conv_x),
+    "ConvTranspose": inputs(conv_transpose_x),
+    "Gemm": inputs(gemm_a, gemm_b, gemm_c),
+    "MatMul": inputs(matmul_a, matmul_b),
+}

@@ -1,0 +1,100 @@
+"""Reductions: the gradient is spread over, or picked out of, the axes that were reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxgbp.emit import Emit, dims_of, numel
+from onnxgbp.step import Step
+from onnxgbp.vjps.entry import Entry, inputs
+
+__all__ = ["VJPS", "mean_over", "pick_first", "reduced_axes"]
+
+
+def reduced_axes(s: Step) -> list[int]:
+    axes = s.ints("axes")
+    if axes:
+        return sorted(axis % s.rank() for axis in axes)
+    return [] if s.argument("noop_with_empty_axes") else list(range(s.rank()))
+
+
+def kept(op: Emit, s: Step, value: ir.Value) -> ir.Value:
+    """dy or y with the reduced axes as dims of size 1."""
+    axes = reduced_axes(s)
+    return value if s.argument("keepdims") or not axes else op.Unsqueeze(value, axes=axes)
+
+
+def count(op: Emit, x: ir.Value, axes: Sequence[int]) -> ir.Value:
+    """How many elements the axes hold, in x's type."""
+    dims = dims_of(x)
+    static = numel([dims[axis] for axis in axes]) if dims is not None else None
+    if static is not None:
+        return op.like(static, x)
+    product = op.ReduceProd(op.Gather(op.Shape(x), list(axes), axis=0), keepdims=0)
+    return op.cast_like(product, x)
+
+
+def spread(op: Emit, dy: ir.Value, x: ir.Value, axes: Sequence[int]) -> ir.Value:
+    """dy, with 1 in the reduced axes, broadcast to x."""
+    dims = dims_of(x)
+    if dims is not None:
+        dy.shape = ir.Shape([1 if i in axes else dim for i, dim in enumerate(dims)])
+    return op.expand_like(dy, x)
+
+
+def mean_over(op: Emit, dy: ir.Value, x: ir.Value, axes: Sequence[int]) -> ir.Value:
+    return spread(op, op.Div(dy, count(op, x, axes)), x, axes)
+
+
+def pick_first(op: Emit, dy: ir.Value, x: ir.Value, axes: Sequence[int], arg: Callable[..., ir.Value]) -> ir.Value:
+    """dy at the first extreme of each group of elements, 0 elsewhere. dy has 1 in the reduced axes."""
+    rank = len(dims_of(x) or ())
+    if len(axes) == 1:
+        place = op.Equal(op.positions(x, axes[0]), arg(x, axis=axes[0], keepdims=1))
+        return op.Where(place, dy, op.like(0, dy))
+    # Several axes: bring them to the end as one, so that "first" is the order in memory.
+    front = [axis for axis in range(rank) if axis not in axes]
+    order = front + list(axes)
+    moved = op.Transpose(x, perm=order)
+    dims = dims_of(x)
+    if dims is not None:
+        moved.shape = ir.Shape([dims[axis] for axis in order])
+    flat = op.Reshape(moved, [0] * len(front) + [-1])
+    lead = op.Reshape(op.Transpose(dy, perm=order), [0] * len(front) + [-1])
+    if dims is not None:
+        flat.shape = ir.Shape([dims[axis] for axis in front] + [numel([dims[axis] for axis in axes])])
+    place = op.Equal(op.positions(flat, len(front)), arg(flat, axis=len(front), keepdims=1))
+    picked = op.reshape_like(op.Where(place, lead, op.like(0, dy)), moved)
+    return op.Transpose(picked, perm=[order.index(axis) for axis in range(rank)])
+
+
+def sum_x(op: Emit, s: Step) -> ir.Value:
+    return spread(op, kept(op, s, s.dy), s.x, reduced_axes(s))
+
+
+def mean_x(op: Emit, s: Step) -> ir.Value:
+    return mean_over(op, kept(op, s, s.dy), s.x, reduced_axes(s))
+
+
+def extreme(arg: str) -> Entry:
+    """The first extreme takes the gradient, as in MaxPool."""
+
+    def vjp(op: Emit, s: Step) -> ir.Value:
+        axes = reduced_axes(s)
+        if not axes:
+            return s.dy
+        named: Any = getattr(op, arg)
+        return pick_first(op, kept(op, s, s.dy), s.x, axes, named)
+
+    return inputs(vjp)
+
+
+VJPS = {
+    "ReduceSum": inputs(sum_x),
+    "ReduceMean": inputs(mean_x),
+    "ReduceMax": extreme("ArgMax"),
+    "ReduceMin": extreme("ArgMin"),
+}
