@@ -9,10 +9,10 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-__all__ = ["SMALL", "constant_value", "is_constant"]
+__all__ = ["FOLDABLE", "SMALL", "constant_value", "is_constant"]
 
 SMALL = 1 << 16  # elements: what tells a shape, a threshold or one number per channel is never larger
-_FOLDABLE = frozenset(
+FOLDABLE = frozenset(
     "Add Cast Concat ConstantOfShape Div Equal Expand Floor Gather Greater Identity Less Max Min Mul Neg Not Pow Range "
     "Reciprocal ReduceProd ReduceSum Reshape Shape Size Slice Sqrt Squeeze Sub Transpose Unsqueeze Where".split()
 )
@@ -46,7 +46,7 @@ def _fold(value: ir.Value) -> np.ndarray[Any, Any] | None:
         tensor = ir.convenience.get_const_tensor(value)
         return tensor.numpy() if tensor is not None and tensor.size <= SMALL else None
     node = value.producer()
-    if node is None or node.domain != "" or node.op_type not in _FOLDABLE or value.graph is None:
+    if node is None or node.domain != "" or node.op_type not in FOLDABLE or value.graph is None:
         return None
     if node.op_type == "Shape" and node.inputs[0] is not None:
         return _static_shape(node)

@@ -15,12 +15,12 @@ from onnxgbp.differentiate import differentiate, find_path
 from onnxgbp.emit import PRIVATE, Emit
 from onnxgbp.errors import NeedsOpset, OnnxgbpError
 from onnxgbp.lower import PROFILES, lower, prune
-from onnxgbp.model import METADATA, ModelLike, Source, load, raised
+from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
 from onnxgbp.recognise import recognise
 from onnxgbp.rules import Choice, choose, install, parse_activations, parse_rules
-from onnxgbp.target import Explained, explained_tensor, make_seed, parse_target, parse_unit, wrt_tensors
+from onnxgbp.target import Explained, explained_tensor, make_seed, parse_target, parse_unit, stripped_text, wrt_tensors
 
-__all__ = ["GradientGraph", "Rules", "convert"]
+__all__ = ["GradientGraph", "Rules", "convert", "describe"]
 
 Rules = Iterable["str | tuple[str, str]"]
 
@@ -97,6 +97,8 @@ class GradientGraph:
     ) -> GradientGraph:
         model = source.model.clone()
         graph = model.graph
+        for node in graph:
+            node.meta["forward"] = True
         inputs = wrt_tensors(graph, wrt)
         explained = explained_tensor(graph, inputs, output)
         found = recognise(graph)
@@ -117,7 +119,11 @@ class GradientGraph:
             "target": str(target),
             "explained": explained.tensor.name or "",
             "wrt": json.dumps([value.name for value in inputs]),
-        } | ({"unit": ",".join(map(str, unit))} if unit is not None else {})
+        }
+        if unit is not None:
+            options["unit"] = ",".join(map(str, unit))
+        if explained.stripped:
+            options["stripped"] = stripped_text(explained)
         order = [activation for activation in found.values() if activation in marked]
         return cls(source, model, tuple(order), explained, options)
 
@@ -148,6 +154,7 @@ class GradientGraph:
             )
             return again.render(method=method, rule=rules, activations=activations, profile=profile)
         prune(model.graph)
+        _join_outputs(model.graph)
         _plain(model.graph)
         options = self.options | {
             "activations": activations if isinstance(activations, str) else ",".join(activations),
@@ -158,16 +165,41 @@ class GradientGraph:
             "version": importlib.metadata.version("onnxgbp"),
         }
         model.metadata_props.update({METADATA + name: value for name, value in sorted(options.items())})
-        return ir.to_proto(model)
+        return to_proto(model, self.source)
+
+
+def describe(converted: onnx.ModelProto) -> str:
+    """One line on what a converted file explains, from its own metadata."""
+    said = {entry.key.removeprefix(METADATA): entry.value for entry in converted.metadata_props}
+    wrt = ", ".join(f"'{name}'" for name in json.loads(said["wrt"]))
+    unit = f"unit {said['unit']}" if "unit" in said else f"target {said['target']}"
+    behind = f", {said['stripped']}" if "stripped" in said else ""
+    return f"{said['method']} of '{said['explained']}' ({unit}) with respect to {wrt}{behind}"
 
 
 def _output(op: Emit, name: str, value: ir.Value) -> None:
-    """Adds a graph output. Identity keeps it apart from whatever tensor the rules will leave behind it."""
+    """Adds a graph output, through an Identity: which tensor stands behind it shows only after the rules."""
     op.scope = "onnxgbp"
     result = op.Identity(value)
     result.name = op.claim(name)
     op.graph.extend(op.take())
     op.graph.outputs.append(result)
+
+
+def _join_outputs(graph: ir.Graph) -> None:
+    """Drops the Identity before an output of ours where the node behind it can carry the output's name itself."""
+    for node in list(graph):
+        made, source = node.outputs[0], node.inputs[0] if node.inputs else None
+        if node.meta.get("forward") or node.op_type != "Identity" or source is None or not made.is_graph_output():
+            continue
+        maker = source.producer()
+        if maker is None or maker.meta.get("forward") or source.is_graph_output():
+            continue
+        name = made.name
+        made.name = None
+        made.replace_all_uses_with(source, replace_graph_outputs=True)
+        source.name, source.type, source.shape = name, made.type, made.shape
+        graph.remove(node, safe=True)
 
 
 def _plain(graph: ir.Graph) -> None:

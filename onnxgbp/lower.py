@@ -113,10 +113,12 @@ def max_pool_scatter(op: Emit, node: ir.Node) -> ir.Value:
         outputs=2,
     )
     indices.type = ir.TensorType(ir.DataType.INT64)
-    size = op.Shape(op.Reshape(x, [-1]))
-    flat = op.Expand(op.like(0, x), size)
-    added = op.ScatterElements(flat, op.Reshape(indices, [-1]), op.Reshape(dy, [-1]), axis=0, reduction="add")
-    return op.reshape_like(added, x)
+    # ONNX Runtime adds in float32 and float64 only; 16 bits would lose in the sum anyway.
+    narrow = x.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    flat = op.Reshape(op.Cast(dy, to=int(ir.DataType.FLOAT)) if narrow else dy, [-1])
+    zeros = op.Expand(op.like(0, flat), op.Shape(op.Reshape(x, [-1])))
+    added = op.ScatterElements(zeros, op.Reshape(indices, [-1]), flat, axis=0, reduction="add")
+    return op.reshape_like(op.cast_like(added, x), x)
 
 
 def max_pool_portable(op: Emit, node: ir.Node) -> ir.Value:

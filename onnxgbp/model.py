@@ -18,10 +18,10 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from onnxgbp.constants import SMALL, is_constant
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.shapes import infer_shapes
 
-__all__ = ["METADATA", "ModelLike", "Source", "infer_shapes", "load", "output_file", "raised", "save", "write"]
+__all__ = ["METADATA", "ModelLike", "Source", "load", "output_file", "raised", "save", "to_proto", "write"]
 
 ModelLike: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto"
 
@@ -37,6 +37,7 @@ class Source:
     model: ir.Model
     sha256: str
     path: Path | None
+    odd_outputs: dict[str, onnx.TypeProto]  # of no tensor type (ZipMap's list of maps), which onnx_ir cannot hold
 
     @property
     def name(self) -> str:
@@ -66,14 +67,28 @@ def load(source: ModelLike) -> Source:
         proto = onnx.inliner.inline_local_functions(proto, convert_version=True)
     if _opset(proto) < LOWEST_OPSET:
         proto = _raise_opset(proto, LOWEST_OPSET)
+    odd = {}
+    for output in proto.graph.output:
+        if not output.type.HasField("tensor_type"):
+            odd[output.name] = onnx.TypeProto.FromString(output.type.SerializeToString())
+            output.ClearField("type")
     model = _to_ir(proto, path, where)
     infer_shapes(model)
-    return Source(model, digest, path)
+    return Source(model, digest, path, odd)
+
+
+def to_proto(model: ir.Model, source: Source) -> onnx.ModelProto:
+    """The model as protobuf, with the output types that the in-memory form could not hold."""
+    proto = ir.to_proto(model)
+    for output in proto.graph.output:
+        if output.name in source.odd_outputs:
+            output.type.CopyFrom(source.odd_outputs[output.name])
+    return proto
 
 
 def raised(source: Source, opset: int) -> Source:
     """The same source in a newer opset, for a gradient that its own cannot spell."""
-    model = _to_ir(_raise_opset(ir.to_proto(source.model), opset), source.path, source.name)
+    model = _to_ir(_raise_opset(to_proto(source.model, source), opset), source.path, source.name)
     infer_shapes(model)
     return dataclasses.replace(source, model=model)
 
@@ -87,45 +102,6 @@ def _raise_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
             f"the model's opset {_opset(proto)} is too old for its gradient, and onnx cannot raise it to {opset}: "
             f"{_first_line(error)}; export the model with opset {opset}"
         ) from None
-
-
-def infer_shapes(model: ir.Model) -> None:
-    """Computes the type and shape of every tensor afresh; `value_info` in the file is never trusted.
-
-    Free dims keep one symbol throughout. What inference cannot tell stays unknown (`value.shape is None`).
-    """
-    graph = model.graph
-    light = onnx.ModelProto(ir_version=model.ir_version)
-    light.opset_import.extend(onnx.helper.make_opsetid(domain, v) for domain, v in graph.opset_imports.items())
-    light.graph.name = "shapes"
-    for value in (*graph.inputs, *graph.outputs):
-        value.meta.setdefault("declared", (value.type, value.shape))  # what the converted file shall say again
-    for number, value in enumerate(graph.inputs):
-        _name_free_dims(value, number)
-        light.graph.input.append(ir.to_proto(value))
-    known = {value.name for value in graph.inputs}
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        assert tensor is not None  # an initializer has its value
-        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
-        if tensor.size <= SMALL and is_constant(value):
-            light.graph.initializer.append(ir.serde.serialize_tensor(tensor))
-            light.graph.initializer[-1].name = value.name or ""
-        if value.name not in known:
-            light.graph.input.append(ir.to_proto(value))
-    for node in graph:
-        light.graph.node.append(ir.to_proto(node))
-    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
-    types = {info.name: info for info in inferred.graph.value_info}
-    for node in graph:
-        for value in node.outputs:
-            info = types.get(value.name or "")
-            if info is None:
-                if not value.is_graph_output():  # a declared output keeps what the file says
-                    value.type = value.shape = None
-                continue
-            value.type = ir.serde.deserialize_type_proto_for_type(info.type)
-            value.shape = ir.serde.deserialize_type_proto_for_shape(info.type)
 
 
 def save(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
@@ -283,17 +259,6 @@ def _to_ir(proto: onnx.ModelProto, path: Path | None, where: str) -> ir.Model:
     if path is not None:
         ir.external_data.set_base_dir(model.graph, path.resolve().parent)
     return model
-
-
-def _name_free_dims(value: ir.Value, number: int) -> None:
-    """Exporters write a free dim as 0, -1, '?' or nothing: each gets a symbol of its own, for inference only."""
-    if value.shape is None:
-        return
-    dims = [
-        dim if isinstance(dim, int) and dim > 0 else (not isinstance(dim, int) and dim.value not in (None, "", "?") and dim.value)
-        for dim in value.shape
-    ]
-    value.shape = ir.Shape([dim or f"free_{number}_{axis}" for axis, dim in enumerate(dims)])
 
 
 def _first_line(error: BaseException) -> str:

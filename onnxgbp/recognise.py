@@ -270,7 +270,7 @@ def _fixed(points: Array, y: Array) -> dict[str, Any]:
 
 def _leaky(points: Array, y: Array) -> dict[str, Any] | None:
     alpha = -_at(points, y, -1.0)
-    return {"alpha": alpha} if np.isfinite(alpha) and alpha not in (0.0, 1.0) else None
+    return {"alpha": alpha} if 0 < alpha < 1 else None  # 1 is the identity, -1 the absolute value
 
 
 def _elu(points: Array, y: Array) -> dict[str, Any] | None:
@@ -285,7 +285,8 @@ def _clip(points: Array, y: Array) -> dict[str, Any] | None:
 
 def _swish(points: Array, y: Array) -> dict[str, Any] | None:
     s = _at(points, y, 1.0)
-    return {"alpha": round(float(np.log(s / (1 - s))), 6)} if 0 < s < 1 else None
+    alpha = float(np.log(s / (1 - s))) if 0 < s < 1 else 0.0
+    return {"alpha": round(alpha, 6)} if alpha > 0.01 else None  # 0 is x / 2
 
 
 def _hard_sigmoid(points: Array, y: Array) -> dict[str, Any] | None:

@@ -231,7 +231,7 @@ def _new_input(op: Emit, name: str, like: ir.Value, batch: int | str | None = No
     return value
 
 
-def describe_stripped(explained: Explained) -> str:
+def stripped_text(explained: Explained) -> str:
     """One line on what was walked back over, or ''."""
     if not explained.stripped or explained.output is None:
         return ""

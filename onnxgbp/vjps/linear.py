@@ -40,20 +40,23 @@ def conv_transpose_x(op: Emit, s: Step) -> ir.Value:
 
 
 def gemm_a(op: Emit, s: Step) -> ir.Value:
-    """Y = alpha A' B' + beta C, so dA' = alpha dY B'^T; A' and B' are transposed where the flags say so."""
-    b, alpha = s.input(1), float(s.argument("alpha"))
-    trans_a, trans_b = int(s.argument("transA")), int(s.argument("transB"))
-    if trans_a:
-        return op.Gemm(b, s.dy, alpha=alpha, transA=trans_b, transB=1)
-    return op.Gemm(s.dy, b, alpha=alpha, transB=1 - trans_b)
+    """Y = alpha A' B' + beta C, so dA' = alpha dY B'^T; the flags say whether A' and B' are transposed."""
+    b, flipped = s.input(1), int(s.argument("transB"))
+    if s.argument("transA"):
+        return _scaled(op, s, op.MatMul(_transposed(op, b, 2) if flipped else b, _transposed(op, s.dy, 2)))
+    return _scaled(op, s, op.MatMul(s.dy, b if flipped else _transposed(op, b, 2)))
 
 
 def gemm_b(op: Emit, s: Step) -> ir.Value:
-    a, alpha = s.input(0), float(s.argument("alpha"))
-    trans_a, trans_b = int(s.argument("transA")), int(s.argument("transB"))
-    if trans_b:
-        return op.Gemm(s.dy, a, alpha=alpha, transA=1, transB=trans_a)
-    return op.Gemm(a, s.dy, alpha=alpha, transA=1 - trans_a)
+    a, flipped = s.input(0), int(s.argument("transA"))
+    if s.argument("transB"):
+        return _scaled(op, s, op.MatMul(_transposed(op, s.dy, 2), _transposed(op, a, 2) if flipped else a))
+    return _scaled(op, s, op.MatMul(a if flipped else _transposed(op, a, 2), s.dy))
+
+
+def _scaled(op: Emit, s: Step, gradient: ir.Value) -> ir.Value:
+    alpha = float(s.argument("alpha"))
+    return gradient if alpha == 1 else op.Mul(gradient, alpha)
 
 
 def gemm_c(op: Emit, s: Step) -> ir.Value:

@@ -1,0 +1,152 @@
+"""The commands. No logic here: each parses its options, calls one function, and prints what it returns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxgbp.convert import convert as convert_model
+from onnxgbp.convert import describe
+from onnxgbp.errors import OnnxgbpError
+from onnxgbp.lower import PROFILES
+from onnxgbp.model import save
+from onnxgbp.rules import RULES
+from onnxgbp.target import parse_target, parse_unit
+
+__all__ = ["main"]
+
+
+class _Group(click.Group):
+    """Turns what cannot be used into one line on stderr and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OnnxgbpError as error:
+            raise click.ClickException(str(error)) from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="onnxgbp")
+def main() -> None:
+    """Attribution for trained networks, straight from their ONNX file."""
+
+
+def _parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """A click callback that reports a malformed value as a usage error."""
+
+    def callback(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+        try:
+            return parse(value)
+        except OnnxgbpError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return callback
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_model = click.argument("model", type=click.Path(path_type=Path))
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+_what = _options(
+    click.option("--method", type=click.Choice(list(RULES)), default="guided", show_default=True, help="The rule at every activation."),
+    click.option("--output", metavar="TENSOR", help="The tensor to explain.  [default: the scores before a last softmax]"),
+    click.option("--unit", metavar="I,J,...", callback=_parsed(parse_unit), help="Of an inner tensor: channel, or channel and position."),
+    click.option("--wrt", multiple=True, metavar="TENSOR", help="Attribute to this tensor.  [default: every float input]"),
+    click.option("--rule", multiple=True, metavar="PATTERN=RULE", help="Another rule for the nodes with such names; first match wins."),
+    click.option("--activations", default="all", show_default=True, metavar="all|relu|NAME,...", help="Which activations get the rule."),
+)
+_target = click.option(
+    "--target",
+    default="argmax",
+    show_default=True,
+    metavar="argmax|input|seed|INT",
+    callback=_parsed(parse_target),
+    help="The class to explain; input and seed are fed when the model runs.",
+)
+
+
+@main.command()
+@_model
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@_what
+@_target
+@click.option("--profile", type=click.Choice(PROFILES), default="ort", show_default=True, help="Fastest in ONNX Runtime, or right in every runtime.")
+def convert(model: Path, out: Path, **options: Any) -> None:
+    """Writes MODEL together with its attribution as one plain ONNX file."""
+    converted = convert_model(model, **options)
+    save(converted, out)
+    click.echo(f"{out}: {describe(converted)}")
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, metavar="[MODEL] IMAGE...", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder for pictures, arrays and manifest.json.")
+@_what
+@click.option("--target", type=int, metavar="INT", help="The class to explain.  [default: the strongest of each image]")
+@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--size", type=click.IntRange(1), help="Resize the shorter side to this.")
+@click.option("--crop", type=click.IntRange(1), help="Then cut this square out of the centre.")
+@click.option("--mean", metavar="A,B,C", help="Subtract, per channel.")
+@click.option("--std", metavar="A,B,C", help="Then divide, per channel.")
+@click.option("--scale", type=float, help="Multiply the pixel values 0 to 255 first.")
+@click.option("--channels", type=click.Choice(["rgb", "bgr"]), help="The order in which the model takes colours.")
+@click.option("--layout", type=click.Choice(["nchw", "nhwc"]), help="The order of the model's axes.")
+def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
+    """Explains photos: pictures, arrays and a manifest in a folder.
+
+    MODEL is an .onnx file; without it the bundled SqueezeNet is used. How an image is prepared stands in the model's
+    metadata; the options override it.
+    """
+    from onnxgbp.explain import explain_images  # Pillow and onnxruntime: only here
+
+    failed = explain_images(paths, out, echo=click.echo, **options)
+    if failed:
+        raise click.ClickException(f"{len(failed)} of the images could not be explained; the others are done")
+
+
+@main.command()
+@_model
+@_what
+@_target
+@_json
+def inspect(model: Path, as_json: bool, **options: Any) -> None:
+    """Says what would be explained, every activation and what the method does to it, and what is missing."""
+    from onnxgbp.inspection import inspect_model
+
+    report = inspect_model(model, **options)
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--source", type=click.Path(path_type=Path), help="The model that OUT was made from.")
+@_json
+def verify(out: Path, source: Path | None, as_json: bool) -> None:
+    """Checks a converted file: forward outputs unchanged, attribution against finite differences, standard operators only."""
+    from onnxgbp.verify import verify_model
+
+    report = verify_model(out, source)
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
+    if not report.passed:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@_json
+def ops(as_json: bool) -> None:
+    """Lists the operators: what is differentiated, which are activations, whose gradient is zero."""
+    from onnxgbp.inspection import operator_table, operator_text
+
+    click.echo(json.dumps(operator_table(), indent=2) if as_json else operator_text())

@@ -1,0 +1,181 @@
+"""The type and shape of every tensor, computed afresh: what a file says of its inner tensors is never trusted.
+
+A free dim is tried with two sizes that it would not have by chance. A dim that comes out the same both times is static;
+one that follows an input's free dim carries its symbol; any other gets a symbol of its own, the same for the same pair
+of sizes. So shapes that are computed from `Shape` nodes, as exporters write them for a free batch, are known as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeAlias
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from onnxgbp.constants import FOLDABLE, SMALL, is_constant
+
+__all__ = ["infer_shapes"]
+
+Types: TypeAlias = dict[str, onnx.TypeProto]
+
+# Prime sizes, for the batch axis and for any other: small and large, so that no minimum or clamp hides in between.
+_PROBES = (((3, 5, 7, 11), (211, 223, 227, 229)), ((1009, 1013, 1019, 1021), (401, 409, 419, 421)))
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Sets the type and shape of every tensor of the graph; a rank that cannot be told leaves `value.shape` None."""
+    graph = model.graph
+    for value in (*graph.inputs, *graph.outputs):
+        value.meta.setdefault("declared", (value.type, value.shape))  # what the converted file shall say again
+    free = _name_free_dims(graph)
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(value.const_value.shape)
+    sizes = [{name: _prime(number, axis, probe) for number, (name, axis) in enumerate(free.items())} for probe in _PROBES]
+    nodes = [_Node(node) for node in graph]
+    first = _propagate(graph, nodes, sizes[0])
+    second = _propagate(graph, nodes, sizes[1]) if free else first
+    symbols = {(sizes[0][name], sizes[1][name]): name for name in free}
+    for node in graph:
+        for value in node.outputs:
+            a, b = first.get(value.name or ""), second.get(value.name or "")
+            if a is None or b is None or not a.HasField("tensor_type"):  # ZipMap gives a list of maps
+                if not value.is_graph_output():  # an output keeps what the file says, the best there is
+                    value.type = value.shape = None
+                continue
+            value.type = ir.serde.deserialize_type_proto_for_type(a)
+            value.shape = _merge(ir.serde.deserialize_type_proto_for_shape(a), ir.serde.deserialize_type_proto_for_shape(b), symbols)
+
+
+@dataclasses.dataclass
+class _Node:
+    """A node with its schema, serialised once for all probes."""
+
+    node: ir.Node
+
+    def __post_init__(self) -> None:
+        graph = self.node.graph
+        assert graph is not None  # it came out of one
+        self.proto = ir.to_proto(self.node)
+        self.bytes = self.proto.SerializeToString()
+        self.opsets = dict(graph.opset_imports)
+        self.whole_scope = any(attribute.type == onnx.AttributeProto.GRAPH for attribute in self.proto.attribute)
+        try:
+            version = self.opsets.get(self.node.domain, 1)
+            self.schema = onnx.defs.get_schema(self.node.op_type, version, self.node.domain)
+        except onnx.defs.SchemaError:
+            self.schema = None
+
+
+def _name_free_dims(graph: ir.Graph) -> dict[str, int]:
+    """Exporters write a free dim as a name, 0, -1, '?' or nothing: each gets a symbol. Returns symbol -> first axis."""
+    free: dict[str, int] = {}
+    for number, value in enumerate(graph.inputs):
+        if value.shape is None or value.is_initializer():
+            continue
+        dims: list[int | str] = []
+        for axis, dim in enumerate(value.shape):
+            if isinstance(dim, int) and dim > 0:
+                dims.append(dim)
+                continue
+            symbol = None if isinstance(dim, int) or dim.value in ("", "?", "-1") else dim.value
+            dims.append(symbol or f"free_{number}_{axis}")
+            free.setdefault(str(dims[-1]), axis)
+        value.shape = ir.Shape(dims)
+    return free
+
+
+def _prime(number: int, axis: int, probe: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
+    sizes = probe[0 if axis == 0 else 1]
+    # Beyond four free dims, odd sizes go on from the last: unlikely enough to meet by chance.
+    return sizes[number] if number < len(sizes) else sizes[-1] + 2 * (number - len(sizes) + 1)
+
+
+def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> Types:
+    """The types under one choice of sizes. Small integers that tell a shape are computed along the way."""
+    types: Types = {}
+    known: dict[str, onnx.TensorProto] = {}
+    for value in graph.inputs:
+        if value.type is None or value.shape is None:
+            continue
+        dims = [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape]
+        types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(value.type.dtype), dims)
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        types[name] = onnx.helper.make_tensor_type_proto(int(tensor.dtype), list(tensor.shape))
+        if tensor.size <= SMALL and is_constant(value):
+            known[name] = ir.serde.serialize_tensor(tensor)
+    for entry in nodes:
+        if entry.schema is None:
+            continue
+        inputs = [name for name in entry.proto.input if name]
+        if any(name not in types for name in inputs):
+            continue
+        scope = types if entry.whole_scope else {name: types[name] for name in inputs}
+        data = {name: known[name].SerializeToString() for name in inputs if name in known}
+        try:
+            outputs = entry.schema._infer_node_outputs(  # the public wrapper serialises every type of the graph at each call
+                entry.bytes,
+                {name: type_.SerializeToString() for name, type_ in scope.items()},
+                data,
+                {},
+                entry.opsets,
+                8,
+            )
+        except Exception:  # noqa: BLE001 - inference raises many kinds; the tensors behind the node are then not known
+            continue
+        for name, serialised in outputs.items():
+            types[name] = onnx.TypeProto.FromString(serialised)
+        _compute(entry, types, known)
+    return types
+
+
+def _compute(entry: _Node, types: Types, known: dict[str, onnx.TensorProto]) -> None:
+    """Keeps the value of a node that tells a shape: from known values, or `Shape` of a known shape."""
+    node = entry.proto
+    if node.op_type == "Constant" and not node.domain:
+        tensor = next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
+        if tensor is None:
+            known.update(_evaluate(entry, {}))
+        elif int(np.prod(tensor.dims, dtype=np.int64)) <= SMALL:
+            known[node.output[0]] = tensor
+        return
+    if node.domain or node.op_type not in FOLDABLE or not node.output:
+        return
+    result = types.get(node.output[0])
+    dims = result.tensor_type.shape.dim if result is not None else []
+    if result is None or any(not dim.HasField("dim_value") for dim in dims) or np.prod([dim.dim_value for dim in dims], dtype=np.int64) > SMALL:
+        return
+    if node.op_type in ("Shape", "Size"):
+        shape = [dim.dim_value if dim.HasField("dim_value") else None for dim in types[node.input[0]].tensor_type.shape.dim]
+        if None not in shape:
+            known.update(_evaluate(entry, {node.input[0]: np.broadcast_to(np.float32(0), [int(d or 0) for d in shape])}))
+        return
+    if all(name in known for name in node.input if name):
+        known.update(_evaluate(entry, {name: onnx.numpy_helper.to_array(known[name]) for name in node.input if name}))
+
+
+def _evaluate(entry: _Node, arrays: dict[str, np.ndarray]) -> dict[str, onnx.TensorProto]:  # type: ignore[type-arg]  # any dtype
+    try:
+        opsets = {"": entry.opsets[""]}
+        outputs = ReferenceEvaluator(entry.proto, opsets=opsets).run(None, arrays)
+        return {name: onnx.numpy_helper.from_array(np.asarray(out), name) for name, out in zip(entry.proto.output, outputs, strict=True)}
+    except Exception:  # noqa: BLE001 - whatever stops the evaluator, the value is simply not known
+        return {}
+
+
+def _merge(a: ir.Shape | None, b: ir.Shape | None, symbols: dict[tuple[int, int], str]) -> ir.Shape | None:
+    if a is None or b is None or len(a) != len(b):
+        return None
+    dims: list[int | str | None] = []
+    for one, other in zip(a, b, strict=True):
+        if not isinstance(one, int) or not isinstance(other, int):
+            dims.append(None)
+        else:
+            dims.append(one if one == other else symbols.get((one, other), f"{one}|{other}"))
+    return ir.Shape(dims)
