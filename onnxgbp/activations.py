@@ -43,7 +43,7 @@ class Activation:
 
 
 def backward(op: Emit, activation: Activation, dy: ir.Value) -> ir.Value:
-    """dx = dy * f'(x), the plain step."""
+    """Dx = dy * f'(x), the plain step."""
     derivative = ACTIVATIONS[activation.kind](op, activation.x, activation.y, activation.arguments)
     if derivative.dtype == ir.DataType.BOOL:
         return op.Where(derivative, dy, op.like(0, dy))
@@ -59,7 +59,9 @@ def _clip(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
     below = op.Less(y, a["max"]) if a.get("max") is not None else None
     if above is not None and below is not None:
         return op.And(above, below)
-    return above if below is None else below
+    one = above if below is None else below
+    assert one is not None  # a Clip without bounds is not an activation
+    return one
 
 
 def _leaky_relu(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:

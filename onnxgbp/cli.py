@@ -39,7 +39,7 @@ def main() -> None:
 def _parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
     """A click callback that reports a malformed value as a usage error."""
 
-    def callback(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    def callback(_ctx: click.Context, _parameter: click.Parameter, value: Any) -> Any:
         try:
             return parse(value)
         except OnnxgbpError as error:
@@ -60,12 +60,38 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 _model = click.argument("model", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 _what = _options(
-    click.option("--method", type=click.Choice(list(RULES)), default="guided", show_default=True, help="The rule at every activation."),
-    click.option("--output", metavar="TENSOR", help="The tensor to explain.  [default: the scores before a last softmax]"),
-    click.option("--unit", metavar="I,J,...", callback=_parsed(parse_unit), help="Of an inner tensor: channel, or channel and position."),
-    click.option("--wrt", multiple=True, metavar="TENSOR", help="Attribute to this tensor.  [default: every float input]"),
-    click.option("--rule", multiple=True, metavar="PATTERN=RULE", help="Another rule for the nodes with such names; first match wins."),
-    click.option("--activations", default="all", show_default=True, metavar="all|relu|NAME,...", help="Which activations get the rule."),
+    click.option(
+        "--method",
+        type=click.Choice(list(RULES)),
+        default="guided",
+        show_default=True,
+        help="The rule at every activation.",
+    ),
+    click.option(
+        "--output", metavar="TENSOR", help="The tensor to explain.  [default: the scores before a last softmax]"
+    ),
+    click.option(
+        "--unit",
+        metavar="I,J,...",
+        callback=_parsed(parse_unit),
+        help="Of an inner tensor: channel, or channel and position.",
+    ),
+    click.option(
+        "--wrt", multiple=True, metavar="TENSOR", help="Attribute to this tensor.  [default: every float input]"
+    ),
+    click.option(
+        "--rule",
+        multiple=True,
+        metavar="PATTERN=RULE",
+        help="Another rule for the nodes with such names; first match wins.",
+    ),
+    click.option(
+        "--activations",
+        default="all",
+        show_default=True,
+        metavar="all|relu|NAME,...",
+        help="Which activations get the rule.",
+    ),
 )
 _target = click.option(
     "--target",
@@ -82,7 +108,13 @@ _target = click.option(
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
 @_what
 @_target
-@click.option("--profile", type=click.Choice(PROFILES), default="ort", show_default=True, help="Fastest in ONNX Runtime, or right in every runtime.")
+@click.option(
+    "--profile",
+    type=click.Choice(PROFILES),
+    default="ort",
+    show_default=True,
+    help="Fastest in ONNX Runtime, or right in every runtime.",
+)
 def convert(model: Path, out: Path, **options: Any) -> None:
     """Writes MODEL together with its attribution as one plain ONNX file."""
     converted = convert_model(model, **options)
@@ -92,7 +124,13 @@ def convert(model: Path, out: Path, **options: Any) -> None:
 
 @main.command()
 @click.argument("paths", nargs=-1, required=True, metavar="[MODEL] IMAGE...", type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder for pictures, arrays and manifest.json.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The folder for pictures, arrays and manifest.json.",
+)
 @_what
 @click.option("--target", type=int, metavar="INT", help="The class to explain.  [default: the strongest of each image]")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -134,7 +172,7 @@ def inspect(model: Path, as_json: bool, **options: Any) -> None:
 @click.option("--source", type=click.Path(path_type=Path), help="The model that OUT was made from.")
 @_json
 def verify(out: Path, source: Path | None, as_json: bool) -> None:
-    """Checks a converted file: forward outputs unchanged, attribution against finite differences, standard operators only."""
+    """Checks a converted file: outputs unchanged, attribution against finite differences, standard operators only."""
     from onnxgbp.verify import verify_model
 
     report = verify_model(out, source)

@@ -9,12 +9,13 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-__all__ = ["FOLDABLE", "SMALL", "constant_value", "is_constant"]
+__all__ = ["FOLDABLE", "SMALL", "constant_value", "evaluate", "is_constant"]
 
 SMALL = 1 << 16  # elements: what tells a shape, a threshold or one number per channel is never larger
 FOLDABLE = frozenset(
-    "Add Cast Concat ConstantOfShape Div Equal Expand Floor Gather Greater Identity Less Max Min Mul Neg Not Pow Range "
-    "Reciprocal ReduceProd ReduceSum Reshape Shape Size Slice Sqrt Squeeze Sub Transpose Unsqueeze Where".split()
+    "Add Cast Concat ConstantOfShape Div Equal Expand Floor Gather Greater Identity Less Max Min Mul Neg Not "
+    "Pow Range Reciprocal ReduceProd ReduceSum Reshape Shape Size Slice Sqrt Squeeze Sub Transpose Unsqueeze "
+    "Where".split()
 )
 
 
@@ -56,7 +57,9 @@ def _fold(value: ir.Value) -> np.ndarray[Any, Any] | None:
     size = value.shape.numpy() if value.shape is not None and value.shape.is_static() else None
     if size is None or int(np.prod(size, dtype=np.int64)) > SMALL:
         return None
-    return _run(node, arrays, value.graph.opset_imports[""])
+    given = {v.name or "": a for v, a in zip(node.inputs, arrays, strict=True) if v is not None and a is not None}
+    results = evaluate(ir.to_proto(node), value.graph.opset_imports[""], given)
+    return results[0] if results else None
 
 
 def _static_shape(node: ir.Node) -> np.ndarray[Any, Any] | None:
@@ -68,17 +71,10 @@ def _static_shape(node: ir.Node) -> np.ndarray[Any, Any] | None:
     return np.array(source.shape.numpy()[start:end], np.int64)
 
 
-def _run(node: ir.Node, arrays: list[np.ndarray[Any, Any] | None], opset: int) -> np.ndarray[Any, Any] | None:
-    proto = ir.to_proto(node)
-    given = {source.name or "": array for source, array in zip(node.inputs, arrays, strict=True) if source is not None}
-    graph = onnx.helper.make_graph(
-        [proto],
-        "fold",
-        [onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for name, a in given.items() if a is not None],
-        [onnx.ValueInfoProto(name=proto.output[0])],
-    )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+def evaluate(node: onnx.NodeProto, opset: int, arrays: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    """The outputs of one node of the standard domain; none where the reference evaluator cannot run it."""
     try:
-        return np.asarray(ReferenceEvaluator(model).run(None, given)[0])
+        outputs: Any = ReferenceEvaluator(node, opsets={"": opset}).run(None, arrays)
+        return [np.asarray(output) for output in outputs]
     except Exception:  # noqa: BLE001 - whatever stops the evaluator, the value is simply not known before the run
-        return None
+        return []

@@ -11,9 +11,9 @@ import onnx
 import onnx_ir as ir
 
 from onnxgbp.activations import Activation
-from onnxgbp.differentiate import differentiate, find_path
+from onnxgbp.differentiate import differentiate
 from onnxgbp.emit import PRIVATE, Emit
-from onnxgbp.errors import NeedsOpset, OnnxgbpError
+from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.lower import PROFILES, lower, prune
 from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
 from onnxgbp.recognise import recognise
@@ -50,9 +50,11 @@ def convert(
         output: the tensor to explain; by default the scores before a last softmax or sigmoid.
         unit: for an inner tensor, the index behind the batch axis: a channel, or a channel and a position.
         wrt: the tensors to attribute to; by default every float input.
-        rule: (pattern, rule) pairs or 'PATTERN=RULE' strings, matched first to last by forward node name before `method`.
+        rule: (pattern, rule) pairs or 'PATTERN=RULE' strings; the first whose pattern matches a node's name wins
+            over `method`.
         activations: all, relu, or names: which activations get the rule, the others stay plain.
         profile: ort spells the gradient for ONNX Runtime's speed, portable for every runtime.
+
     Raises:
         OnnxgbpError: the model or an option cannot be used; the message names what, where, and the way out.
     """
@@ -85,11 +87,10 @@ class GradientGraph:
             raise OnnxgbpError(f"{source.name} is already a converted file; convert the model that it was made from")
         what, which = parse_target(target), parse_unit(unit)
         names = [wrt] if isinstance(wrt, str) else list(wrt)
-        while True:
-            try:
-                return cls._build(source, what, output, which, names)
-            except NeedsOpset as needs:
-                source = raised(source, needs.opset)
+        try:
+            return cls._build(source, what, output, which, names)
+        except OpsetTooLowError as error:
+            return cls.build(raised(source, error.opset), target=target, output=output, unit=unit, wrt=names)
 
     @classmethod
     def _build(
@@ -127,12 +128,19 @@ class GradientGraph:
         order = [activation for activation in found.values() if activation in marked]
         return cls(source, model, tuple(order), explained, options)
 
-    def choices(self, *, method: str = "guided", rule: Rules = (), activations: str | Sequence[str] = "all") -> dict[str, Choice]:
+    def choices(
+        self, *, method: str = "guided", rule: Rules = (), activations: str | Sequence[str] = "all"
+    ) -> dict[str, Choice]:
         """The rule of every activation, keyed by the name of its output: the audit."""
         return choose(self.found, parse_rules(method, rule), parse_activations(activations))
 
     def render(
-        self, *, method: str = "guided", rule: Rules = (), activations: str | Sequence[str] = "all", profile: str = "ort"
+        self,
+        *,
+        method: str = "guided",
+        rule: Rules = (),
+        activations: str | Sequence[str] = "all",
+        profile: str = "ort",
     ) -> onnx.ModelProto:
         """The finished model under one choice of rules. The arguments are those of `convert`."""
         if profile not in PROFILES:
@@ -144,7 +152,7 @@ class GradientGraph:
         try:
             install(op, choices)
             lower(op, profile)
-        except NeedsOpset as needs:
+        except OpsetTooLowError as needs:
             again = GradientGraph.build(
                 raised(self.source, needs.opset),
                 target=self.options["target"],
@@ -203,7 +211,7 @@ def _join_outputs(graph: ir.Graph) -> None:
 
 
 def _plain(graph: ir.Graph) -> None:
-    """What the source said of its inputs and outputs stands again; no shapes of inner tensors, which any reader infers."""
+    """What the source said of its inputs and outputs stands again. Inner tensors go unsaid: any reader infers them."""
     assert not any(node.domain == PRIVATE for node in graph), "a private call survived lowering"
     ends = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
     for value in (v for node in graph for v in node.outputs if v not in ends):

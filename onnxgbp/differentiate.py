@@ -76,8 +76,10 @@ def differentiate(
         seed: the gradient that arrives at it, of its shape and type.
         wrt: float tensors of the graph.
         found: the recognised activations.
+
     Returns:
         The gradient of each of `wrt`, of its shape and type.
+
     Raises:
         OnnxgbpError: an operator on the path has no rule, or a tensor of `wrt` does not reach `tensor`.
     """
@@ -114,7 +116,9 @@ def _step(
     if node in found:
         activation = found[node]
         tensors = [argument for argument in activation.arguments.values() if isinstance(argument, ir.Value)]
-        call = op.private("Activation", activation.x, activation.y, step.dy, *tensors, like=activation.x, activation=activation)
+        call = op.private(
+            "Activation", activation.x, activation.y, step.dy, *tensors, like=activation.x, activation=activation
+        )
         yield activation.x, call
         return
     entry = _entry(step)

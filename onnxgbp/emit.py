@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxgbp.constants import constant_value
-from onnxgbp.errors import NeedsOpset, OnnxgbpError
+from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 
 __all__ = ["PRIVATE", "Dims", "Emit", "Operand", "dims_of", "is_float", "numel"]
 
@@ -61,7 +61,7 @@ def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema:
     try:
         return onnx.defs.get_schema(op_type, opset, "")
     except onnx.defs.SchemaError:
-        raise NeedsOpset(_next_opset(opset)) from None
+        raise OpsetTooLowError(_next_opset(opset)) from None
 
 
 def _next_opset(opset: int) -> int:
@@ -98,15 +98,20 @@ class Emit:
     def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
         if not op_type[0].isupper():
             raise AttributeError(op_type)
-        return functools.partial(self._node, "", op_type)
+        return functools.partial(self._one, op_type)
+
+    def _one(self, op_type: str, *operands: Operand, **arguments: Any) -> ir.Value:
+        return self._node("", op_type, operands, arguments, 1).outputs[0]
+
+    def several(self, outputs: int, op_type: str, *operands: Operand, **arguments: Any) -> tuple[ir.Value, ...]:
+        """A node with more than one output."""
+        return tuple(self._node("", op_type, operands, arguments, outputs).outputs)
 
     def private(self, op_type: str, *inputs: ir.Value | None, like: ir.Value, **meta: Any) -> ir.Value:
         """A call that a later step of the pipeline replaces; its parameters travel as Python objects in `meta`."""
-        value = self._node(PRIVATE, op_type, *inputs)
-        node = value.producer()
-        assert node is not None  # it was made one line above
+        node = self._node(PRIVATE, op_type, inputs, {}, 1)
         node.meta.update(meta)
-        return self.typed(value, like)
+        return self.typed(node.outputs[0], like)
 
     def take(self) -> list[ir.Node]:
         """The nodes emitted since the last call, for the caller to place in the graph."""
@@ -195,7 +200,9 @@ class Emit:
         """Frees a name that the product promises: an inner tensor of the source that has it is renamed."""
         for value in (*self.graph.inputs, *self.graph.outputs):
             if value.name == name:
-                raise OnnxgbpError(f"the model has an input or output called '{name}' already, a name that a converted file needs")
+                raise OnnxgbpError(
+                    f"the model has an input or output called '{name}' already, a name that a converted file needs"
+                )
         for value in (*self.graph.initializers.values(), *(v for node in self.graph for v in node.outputs)):
             if value.name == name:
                 value.name = self.name(f"{name}/source")
@@ -209,7 +216,7 @@ class Emit:
         return [dim if isinstance(dim, int) else -1 for dim in dims]
 
     def _new_constant(self, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.val(self.name(_CONSTANT), dtype=tensor.dtype, shape=tensor.shape)
+        value: ir.Value = ir.val(self.name(_CONSTANT), dtype=tensor.dtype, shape=list(tensor.shape.numpy()))
         value.const_value = tensor
         if self._ir_version >= 4:
             self.graph.register_initializer(value)
@@ -219,7 +226,9 @@ class Emit:
         self.graph.insert_before(self.graph[0], node)
         return value
 
-    def _node(self, domain: str, op_type: str, *operands: Operand, outputs: int = 1, **arguments: Any) -> Any:
+    def _node(
+        self, domain: str, op_type: str, operands: Sequence[Operand], arguments: dict[str, Any], outputs: int
+    ) -> ir.Node:
         first = next((o for o in operands if isinstance(o, ir.Value)), None)
         inputs = [self._operand(operand, first) for operand in operands]
         attributes = {}
@@ -232,12 +241,12 @@ class Emit:
                 if isinstance(argument, ir.Value):
                     known = constant_value(argument)
                     if known is None:
-                        raise NeedsOpset(_next_opset(self.opset))
+                        raise OpsetTooLowError(_next_opset(self.opset))
                     argument = known.tolist()
                 attributes[name] = argument
                 continue
             if name not in _formal(schema):
-                raise NeedsOpset(_next_opset(self.opset))
+                raise OpsetTooLowError(_next_opset(self.opset))
             position = _formal(schema).index(name)
             inputs += [None] * (position + 1 - len(inputs))
             inputs[position] = self._operand(argument, first)
@@ -251,7 +260,7 @@ class Emit:
         if op_type == "Relu" or (op_type == "Neg" and first is not None):
             node.outputs[0].shape = node.inputs[0].shape if node.inputs[0] is not None else None
         self.nodes.append(node)
-        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+        return node
 
     def _operand(self, operand: Operand, first: ir.Value | None) -> ir.Value | None:
         if operand is None or isinstance(operand, ir.Value):
@@ -272,5 +281,6 @@ def _result_dtype(op_type: str, node: ir.Node, arguments: dict[str, Any]) -> ir.
     if op_type == "Cast":
         return ir.DataType(arguments["to"])
     source = node.inputs[1 if op_type == "Where" else 0]
-    assert source is not None and source.dtype is not None, f"{op_type} has no typed first input"
+    assert source is not None, f"{op_type} has no first input"
+    assert source.dtype is not None, f"{op_type} has an untyped first input"
     return source.dtype

@@ -9,7 +9,7 @@ class OnnxgbpError(ValueError):
     """A model, an option or an array that cannot be used: one line saying what, where, and the way out."""
 
 
-class NeedsOpset(Exception):
+class OpsetTooLowError(Exception):
     """A gradient that the source's opset cannot spell; `convert` answers by raising the opset."""
 
     def __init__(self, opset: int) -> None:

@@ -103,14 +103,15 @@ def max_pool_scatter(op: Emit, node: ir.Node) -> ir.Value:
     geometry: Window = node.meta["window"]
     if geometry.pads is None:
         return max_pool_portable(op, node)
-    _, indices = op.MaxPool(
+    _, indices = op.several(
+        2,
+        "MaxPool",
         x,
         kernel_shape=geometry.kernel,
         strides=geometry.strides,
         dilations=geometry.dilations,
         pads=geometry.pads,
         ceil_mode=int(node.meta["ceil"]),
-        outputs=2,
     )
     indices.type = ir.TensorType(ir.DataType.INT64)
     # ONNX Runtime adds in float32 and float64 only; 16 bits would lose in the sum anyway.
@@ -124,7 +125,8 @@ def max_pool_scatter(op: Emit, node: ir.Node) -> ir.Value:
 def max_pool_portable(op: Emit, node: ir.Node) -> ir.Value:
     """Lays each window's elements out as channels with a one-hot convolution, picks the first maximum, and adds back.
 
-    Channels are folded into the batch, so that one small kernel serves all. Padding is the lowest number: it never wins.
+    Channels are folded into the batch, so that one small kernel serves all. Padding is the lowest number: it never
+    wins.
     """
     dy, x, y = _operands(node)
     geometry: Window = node.meta["window"]
@@ -164,11 +166,15 @@ def _window_counts(op: Emit, x: ir.Value, y: ir.Value, geometry: Window, include
     if include_pad and geometry.pads is not None:
         begins, ends = geometry.pads[:rank], geometry.pads[rank:]
         ones = op.Pad(ones, pads=[0, 0, *begins, 0, 0, *ends], constant_value=op.like(1, x))
-        geometry = Window(geometry.kernel, geometry.strides, geometry.dilations, [0] * 2 * rank, True, geometry.size, geometry.out)
+        geometry = Window(
+            geometry.kernel, geometry.strides, geometry.dilations, [0] * 2 * rank, True, geometry.size, geometry.out
+        )
         padded = _padded(op, ones, y, geometry, op.like(0, x))
     else:
         padded = _padded(op, ones, y, geometry, op.like(1 if include_pad else 0, x), x)
-    return op.Conv(padded, op.like(np.ones((1, 1, *geometry.kernel)), x), strides=geometry.strides, dilations=geometry.dilations)
+    return op.Conv(
+        padded, op.like(np.ones((1, 1, *geometry.kernel)), x), strides=geometry.strides, dilations=geometry.dilations
+    )
 
 
 def _float(x: ir.Value) -> Any:
@@ -182,8 +188,10 @@ def _rows(op: Emit, value: ir.Value) -> ir.Value:
     return op.Reshape(value, [-1, 1, *[0] * rank])
 
 
-def _padded(op: Emit, x: ir.Value, y: ir.Value, geometry: Window, value: ir.Value, sized: ir.Value | None = None) -> ir.Value:
-    """x with its padding written out, as far as the windows reach (`ceil_mode` reaches beyond the pads)."""
+def _padded(
+    op: Emit, x: ir.Value, y: ir.Value, geometry: Window, value: ir.Value, sized: ir.Value | None = None
+) -> ir.Value:
+    """X with its padding written out, as far as the windows reach (`ceil_mode` reaches beyond the pads)."""
     rank, sized = geometry.rank, x if sized is None else sized
     if geometry.static and geometry.pads is not None:
         begins = geometry.pads[:rank]
@@ -209,7 +217,7 @@ def untie_weights(op: Emit) -> None:
         if node.meta.get("forward") or node.op_type not in ("ConvTranspose", "Gemm", "MatMul", "Transpose"):
             continue
         for index, value in enumerate(node.inputs):
-            if value is None or not value.is_initializer() or len({user for user in value.consumers()}) < 2:
+            if value is None or not value.is_initializer() or len(set(value.consumers())) < 2:
                 continue
             twice = op.Neg(op.Neg(value))
             twice.shape, twice.type = value.shape, value.type

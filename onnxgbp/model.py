@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 import onnx
+import onnx.inliner
+import onnx.version_converter
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
@@ -96,7 +98,8 @@ def raised(source: Source, opset: int) -> Source:
 def _raise_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """The same model in a newer opset, by onnx's own converter."""
     try:
-        return onnx.version_converter.convert_version(proto, opset)
+        converted: onnx.ModelProto = onnx.version_converter.convert_version(proto, opset)
+        return converted
     except (RuntimeError, ValueError) as error:
         raise OnnxgbpError(
             f"the model's opset {_opset(proto)} is too old for its gradient, and onnx cannot raise it to {opset}: "
@@ -170,7 +173,9 @@ def _check_proto(proto: onnx.ModelProto, where: str) -> None:
     if opset < OLDEST_OPSET:
         raise OnnxgbpError(f"{where} has opset {opset}, older than {OLDEST_OPSET}: export it again with a newer opset")
     if opset > newest:
-        raise OnnxgbpError(f"{where} has opset {opset}, newer than {newest}, the newest that onnx {onnx.__version__} knows: update onnx")
+        raise OnnxgbpError(
+            f"{where} has opset {opset}, newer than {newest}, the newest that onnx {onnx.__version__} knows: update onnx"
+        )
     if proto.training_info:
         raise OnnxgbpError(f"{where} is a training graph (it has training_info): export it for inference")
     for graph in _graphs(proto.graph):
@@ -179,7 +184,9 @@ def _check_proto(proto: onnx.ModelProto, where: str) -> None:
             raise OnnxgbpError(f"{where} has a sparse initializer '{name}', which is not supported: store it dense")
         for node in graph.node:
             if any(attribute.HasField("sparse_tensor") for attribute in node.attribute):
-                raise OnnxgbpError(f"{where}: node '{_label(node)}' holds a sparse tensor, which is not supported: store it dense")
+                raise OnnxgbpError(
+                    f"{where}: node '{_label(node)}' holds a sparse tensor, which is not supported: store it dense"
+                )
     _check_names(proto.graph, where)
 
 
@@ -189,7 +196,9 @@ def _check_names(graph: onnx.GraphProto, where: str) -> None:
     for node in graph.node:
         for name in node.output:
             if name and name in made:
-                raise OnnxgbpError(f"{where} is not a valid graph: tensor '{name}' is made twice, again by node '{_label(node)}'")
+                raise OnnxgbpError(
+                    f"{where} is not a valid graph: tensor '{name}' is made twice, again by node '{_label(node)}'"
+                )
             made.add(name)
     for node in graph.node:
         for name in node.input:
@@ -232,19 +241,29 @@ def _check_external_data(proto: onnx.ModelProto, path: Path | None, where: str) 
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
         if path is None:
-            raise OnnxgbpError(f"{where} keeps tensor '{tensor.name}' in an external file: give the model as a path instead")
+            raise OnnxgbpError(
+                f"{where} keeps tensor '{tensor.name}' in an external file: give the model as a path instead"
+            )
         folder = path.resolve().parent
         file = (folder / location).resolve()
-        if not location or os.path.isabs(location) or not file.is_relative_to(folder):
-            raise OnnxgbpError(f"{where}: external data '{location}' of tensor '{tensor.name}' is outside the model's folder")
+        if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
+            raise OnnxgbpError(
+                f"{where}: external data '{location}' of tensor '{tensor.name}' is outside the model's folder"
+            )
         if not file.is_file():
-            raise OnnxgbpError(f"{where}: external data file '{location}' of tensor '{tensor.name}' is missing from {folder}")
+            raise OnnxgbpError(
+                f"{where}: external data file '{location}' of tensor '{tensor.name}' is missing from {folder}"
+            )
         try:
             end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
         except ValueError:
-            raise OnnxgbpError(f"{where}: tensor '{tensor.name}' has a malformed offset or length of its external data") from None
+            raise OnnxgbpError(
+                f"{where}: tensor '{tensor.name}' has a malformed offset or length of its external data"
+            ) from None
         if file.stat().st_size < end:
-            raise OnnxgbpError(f"{where}: external data file '{location}' is cut off: tensor '{tensor.name}' ends at byte {end}")
+            raise OnnxgbpError(
+                f"{where}: external data file '{location}' is cut off: tensor '{tensor.name}' ends at byte {end}"
+            )
 
 
 def _to_ir(proto: onnx.ModelProto, path: Path | None, where: str) -> ir.Model:

@@ -33,8 +33,8 @@ __all__ = ["RULES", "Choice", "Rule", "choose", "install", "parse_activations", 
 Rule: TypeAlias = "Callable[[Emit, ir.Value, Callable[[ir.Value], ir.Value]], ir.Value]"
 
 RULES: dict[str, Rule] = {
-    "gradient": lambda op, dy, step: step(dy),
-    "deconvnet": lambda op, dy, step: op.Relu(dy),
+    "gradient": lambda _op, dy, step: step(dy),
+    "deconvnet": lambda op, dy, _step: op.Relu(dy),
     "guided": lambda op, dy, step: step(op.Relu(dy)),
 }
 
@@ -91,14 +91,19 @@ def parse_activations(activations: str | Sequence[str]) -> frozenset[str]:
     known |= {"all": frozenset(ACTIVATIONS), "relu": RELU_KINDS}
     for name in names:
         if name.strip().lower() not in known:
-            raise OnnxgbpError(f"no activation is called '{name}': choose all, relu, or some of {', '.join(ACTIVATIONS)}")
+            raise OnnxgbpError(
+                f"no activation is called '{name}': choose all, relu, or some of {', '.join(ACTIVATIONS)}"
+            )
     return frozenset().union(*(known[name.strip().lower()] for name in names))
 
 
 def choose(
     found: Iterable[Activation], rules: Sequence[tuple[str, str]], activations: frozenset[str]
 ) -> dict[str, Choice]:
-    """The rule of each activation, keyed by the name of its tensor y: gates and kinds that were not asked for stay plain, then the first match wins."""
+    """The rule of each activation, keyed by the name of its tensor y.
+
+    Gates, and kinds that were not asked for, stay plain; for the others the first match wins.
+    """
     choices = {}
     for activation in found:
         name = label(activation.node)
@@ -112,7 +117,9 @@ def choose(
     for pattern, _ in rules[:-1]:
         if choices and not any(fnmatch.fnmatchcase(choice.name, pattern) for choice in choices.values()):
             names = ", ".join(choice.name for choice in list(choices.values())[:5])
-            raise OnnxgbpError(f"--rule pattern '{pattern}' matches no activation; the model's are called {names or '(none)'}...")
+            raise OnnxgbpError(
+                f"--rule pattern '{pattern}' matches no activation; the model's are called {names or '(none)'}..."
+            )
     return choices
 
 

@@ -8,14 +8,13 @@ of sizes. So shapes that are computed from `Shape` nodes, as exporters write the
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
-from onnxgbp.constants import FOLDABLE, SMALL, is_constant
+from onnxgbp.constants import FOLDABLE, SMALL, evaluate, is_constant
 
 __all__ = ["infer_shapes"]
 
@@ -33,8 +32,10 @@ def infer_shapes(model: ir.Model) -> None:
     free = _name_free_dims(graph)
     for value in graph.initializers.values():
         if value.const_value is not None:
-            value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(value.const_value.shape)
-    sizes = [{name: _prime(number, axis, probe) for number, (name, axis) in enumerate(free.items())} for probe in _PROBES]
+            value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(value.const_value.shape.numpy())
+    sizes = [
+        {name: _prime(number, axis, probe) for number, (name, axis) in enumerate(free.items())} for probe in _PROBES
+    ]
     nodes = [_Node(node) for node in graph]
     first = _propagate(graph, nodes, sizes[0])
     second = _propagate(graph, nodes, sizes[1]) if free else first
@@ -47,7 +48,9 @@ def infer_shapes(model: ir.Model) -> None:
                     value.type = value.shape = None
                 continue
             value.type = ir.serde.deserialize_type_proto_for_type(a)
-            value.shape = _merge(ir.serde.deserialize_type_proto_for_shape(a), ir.serde.deserialize_type_proto_for_shape(b), symbols)
+            value.shape = _merge(
+                ir.serde.deserialize_type_proto_for_shape(a), ir.serde.deserialize_type_proto_for_shape(b), symbols
+            )
 
 
 @dataclasses.dataclass
@@ -60,12 +63,11 @@ class _Node:
         graph = self.node.graph
         assert graph is not None  # it came out of one
         self.proto = ir.to_proto(self.node)
-        self.bytes = self.proto.SerializeToString()
-        self.opsets = dict(graph.opset_imports)
+        self.opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]
         self.whole_scope = any(attribute.type == onnx.AttributeProto.GRAPH for attribute in self.proto.attribute)
         try:
-            version = self.opsets.get(self.node.domain, 1)
-            self.schema = onnx.defs.get_schema(self.node.op_type, version, self.node.domain)
+            version = graph.opset_imports.get(self.node.domain, 1)
+            self.schema: onnx.defs.OpSchema | None = onnx.defs.get_schema(self.node.op_type, version, self.node.domain)
         except onnx.defs.SchemaError:
             self.schema = None
 
@@ -107,7 +109,7 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> Ty
         tensor = value.const_value
         if tensor is None:
             continue
-        types[name] = onnx.helper.make_tensor_type_proto(int(tensor.dtype), list(tensor.shape))
+        types[name] = onnx.helper.make_tensor_type_proto(int(tensor.dtype), list(tensor.shape.numpy()))
         if tensor.size <= SMALL and is_constant(value):
             known[name] = ir.serde.serialize_tensor(tensor)
     for entry in nodes:
@@ -117,20 +119,14 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> Ty
         if any(name not in types for name in inputs):
             continue
         scope = types if entry.whole_scope else {name: types[name] for name in inputs}
-        data = {name: known[name].SerializeToString() for name in inputs if name in known}
+        data = {name: known[name] for name in inputs if name in known}
         try:
-            outputs = entry.schema._infer_node_outputs(  # the public wrapper serialises every type of the graph at each call
-                entry.bytes,
-                {name: type_.SerializeToString() for name, type_ in scope.items()},
-                data,
-                {},
-                entry.opsets,
-                8,
+            outputs = onnx.shape_inference.infer_node_outputs(
+                entry.schema, entry.proto, scope, data, opset_imports=entry.opsets, ir_version=8
             )
-        except Exception:  # noqa: BLE001 - inference raises many kinds; the tensors behind the node are then not known
+        except Exception:  # noqa: BLE001, S112 - inference raises many kinds; the tensors behind the node are then not known
             continue
-        for name, serialised in outputs.items():
-            types[name] = onnx.TypeProto.FromString(serialised)
+        types.update(outputs)
         _compute(entry, types, known)
     return types
 
@@ -141,7 +137,7 @@ def _compute(entry: _Node, types: Types, known: dict[str, onnx.TensorProto]) -> 
     if node.op_type == "Constant" and not node.domain:
         tensor = next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
         if tensor is None:
-            known.update(_evaluate(entry, {}))
+            known.update(_values(entry, {}))
         elif int(np.prod(tensor.dims, dtype=np.int64)) <= SMALL:
             known[node.output[0]] = tensor
         return
@@ -149,24 +145,29 @@ def _compute(entry: _Node, types: Types, known: dict[str, onnx.TensorProto]) -> 
         return
     result = types.get(node.output[0])
     dims = result.tensor_type.shape.dim if result is not None else []
-    if result is None or any(not dim.HasField("dim_value") for dim in dims) or np.prod([dim.dim_value for dim in dims], dtype=np.int64) > SMALL:
+    if (
+        result is None
+        or any(not dim.HasField("dim_value") for dim in dims)
+        or np.prod([dim.dim_value for dim in dims], dtype=np.int64) > SMALL
+    ):
         return
     if node.op_type in ("Shape", "Size"):
-        shape = [dim.dim_value if dim.HasField("dim_value") else None for dim in types[node.input[0]].tensor_type.shape.dim]
+        shape = [
+            dim.dim_value if dim.HasField("dim_value") else None for dim in types[node.input[0]].tensor_type.shape.dim
+        ]
         if None not in shape:
-            known.update(_evaluate(entry, {node.input[0]: np.broadcast_to(np.float32(0), [int(d or 0) for d in shape])}))
+            known.update(_values(entry, {node.input[0]: np.broadcast_to(np.float32(0), [int(d or 0) for d in shape])}))
         return
     if all(name in known for name in node.input if name):
-        known.update(_evaluate(entry, {name: onnx.numpy_helper.to_array(known[name]) for name in node.input if name}))
+        known.update(_values(entry, {name: onnx.numpy_helper.to_array(known[name]) for name in node.input if name}))
 
 
-def _evaluate(entry: _Node, arrays: dict[str, np.ndarray]) -> dict[str, onnx.TensorProto]:  # type: ignore[type-arg]  # any dtype
-    try:
-        opsets = {"": entry.opsets[""]}
-        outputs = ReferenceEvaluator(entry.proto, opsets=opsets).run(None, arrays)
-        return {name: onnx.numpy_helper.from_array(np.asarray(out), name) for name, out in zip(entry.proto.output, outputs, strict=True)}
-    except Exception:  # noqa: BLE001 - whatever stops the evaluator, the value is simply not known
-        return {}
+def _values(entry: _Node, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, onnx.TensorProto]:
+    opset = next(opset.version for opset in entry.opsets if opset.domain == "")
+    outputs = evaluate(entry.proto, opset, arrays)
+    return {
+        name: onnx.numpy_helper.from_array(out, name) for name, out in zip(entry.proto.output, outputs, strict=False)
+    }
 
 
 def _merge(a: ir.Shape | None, b: ir.Shape | None, symbols: dict[tuple[int, int], str]) -> ir.Shape | None:

@@ -119,5 +119,9 @@ class Step:
         schema = self._schema()
         if schema is None or name not in schema.attributes:
             return None
-        default = onnx.helper.get_attribute_value(schema.attributes[name].default_value) if schema.attributes[name].default_value.name else None
+        default = (
+            onnx.helper.get_attribute_value(schema.attributes[name].default_value)
+            if schema.attributes[name].default_value.name
+            else None
+        )
         return default.decode() if isinstance(default, bytes) else default

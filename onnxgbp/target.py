@@ -21,7 +21,7 @@ _CARRIES_SCORES = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Flatten"
 
 @dataclasses.dataclass(frozen=True)
 class Explained:
-    """tensor: what is explained; output: the model's output that it belongs to; stripped: the squashing nodes between."""
+    """tensor: what is explained; output: the model's output that it belongs to; stripped: the nodes between them."""
 
     tensor: ir.Value
     output: ir.Value | None
@@ -31,7 +31,7 @@ class Explained:
 
 @dataclasses.dataclass(frozen=True)
 class Seed:
-    """seed: the gradient at the explained tensor; target: int64 [N], the class or unit per sample; extra input, if any."""
+    """seed: the gradient at the explained tensor; target: int64 [N], the class or unit per sample; input: if one is new."""
 
     seed: ir.Value
     target: ir.Value
@@ -91,7 +91,10 @@ def wrt_tensors(graph: ir.Graph, names: Sequence[str]) -> list[ir.Value]:
         return [find_tensor(graph, name, "--wrt") for name in dict.fromkeys(names)]
     inputs = [value for value in graph.inputs if not value.is_initializer() and is_float(value)]
     if not inputs:
-        first = next((node.outputs[0] for node in graph if is_float(node.outputs[0]) and node.op_type in ("Gather", "Cast")), None)
+        first = next(
+            (node.outputs[0] for node in graph if is_float(node.outputs[0]) and node.op_type in ("Gather", "Cast")),
+            None,
+        )
         hint = f", for instance --wrt {first.name}" if first is not None else ""
         raise OnnxgbpError(f"the model has no float input to attribute to; name an inner float tensor{hint}")
     return inputs
@@ -152,7 +155,9 @@ def make_seed(op: Emit, explained: Explained, target: str | int, unit: tuple[int
     op.scope = "target"
     dims = dims_of(tensor)
     if dims is None:
-        raise OnnxgbpError(f"the rank of the explained tensor '{tensor.name}' is not known; export the model with shapes")
+        raise OnnxgbpError(
+            f"the rank of the explained tensor '{tensor.name}' is not known; export the model with shapes"
+        )
     if target == "seed":
         return _given_seed(op, tensor)
     if unit is not None:
@@ -162,7 +167,7 @@ def make_seed(op: Emit, explained: Explained, target: str | int, unit: tuple[int
     if len(dims) < 2 or any(dim != 1 for dim in dims[2:]):
         shape = ", ".join(str(dim or "?") for dim in dims)
         raise OnnxgbpError(
-            f"the explained tensor '{tensor.name}' has shape [{shape}], not [N, classes]; choose a unit of it with --unit, "
+            f"the explained tensor '{tensor.name}' has shape [{shape}], not [N, classes]; choose a unit with --unit, "
             "weigh it with --target seed, or explain another tensor with --output"
         )
     return _one_class(op, tensor, target)
@@ -181,12 +186,17 @@ def _one_unit(op: Emit, tensor: ir.Value, unit: tuple[int, ...]) -> Seed:
     """A unit: a channel (all of its positions), or a channel and a position."""
     dims = dims_of(tensor) or ()
     if not unit or len(unit) > len(dims) - 1:
-        raise OnnxgbpError(f"unit {','.join(map(str, unit))} has {len(unit)} indices, but tensor '{tensor.name}' has {len(dims) - 1} axes behind the batch")
+        raise OnnxgbpError(
+            f"unit {','.join(map(str, unit))} has {len(unit)} indices, but tensor '{tensor.name}' has {len(dims) - 1} "
+            "axes behind the batch"
+        )
     mask: ir.Value | None = None
     for axis, index in enumerate(unit, start=1):
         size = dims[axis]
         if index < 0 or (isinstance(size, int) and index >= size):
-            raise OnnxgbpError(f"unit index {index} is out of range: axis {axis} of tensor '{tensor.name}' has {size or 'unknown'} entries")
+            raise OnnxgbpError(
+                f"unit index {index} is out of range: axis {axis} of tensor '{tensor.name}' has {size or '?'} entries"
+            )
         here = op.Equal(op.positions(tensor, axis), op.constant(np.array(index, np.int64)))
         mask = here if mask is None else op.And(mask, here)
     assert mask is not None  # unit is not empty
@@ -208,7 +218,9 @@ def _one_class(op: Emit, tensor: ir.Value, target: str | int) -> Seed:
         chosen = op.Where(op.Equal(given, op.constant(np.array(-1, np.int64))), strongest, given)
     else:
         if int(target) < 0 or (isinstance(classes, int) and int(target) >= classes):
-            raise OnnxgbpError(f"target {target} is out of range: tensor '{tensor.name}' has {classes} classes, 0 to {_last(classes)}")
+            raise OnnxgbpError(
+                f"target {target} is out of range: tensor '{tensor.name}' has {classes} classes, 0 to {_last(classes)}"
+            )
         chosen = op.Expand(op.constant(np.array([int(target)], np.int64)), op.dim(tensor, 0))
     one_hot = op.Equal(op.positions(tensor, 1), op.Reshape(chosen, column))
     seed = op.typed(op.cast_like(one_hot, tensor), tensor)

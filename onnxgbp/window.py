@@ -49,7 +49,7 @@ class Window:
 
 
 def window(step: Step, weight: Dims | None = None, *, transposed: bool = False) -> Window:
-    """Reads the geometry of a Conv, ConvTranspose or pooling node; `weight` gives the kernel where no attribute does."""
+    """Reads the geometry of a Conv, ConvTranspose or pooling node; a weight gives the kernel that no attribute does."""
     kernel = step.ints("kernel_shape")
     if kernel is None:
         if weight is None or not all(isinstance(dim, int) for dim in weight[2:]):

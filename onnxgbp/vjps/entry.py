@@ -39,7 +39,9 @@ def inputs(*rules: Vjp | None) -> Entry:
     def vjp(op: Emit, step: Step, index: int) -> ir.Value | None:
         rule = rules[index] if index < len(rules) else None
         if rule is None:
-            raise step.refuse(f"input {index} ('{step.input(index).name}') depends on the explained input, for which there is no rule")
+            raise step.refuse(
+                f"input {index} ('{step.input(index).name}') depends on the explained input, for which there is no rule"
+            )
         return rule(op, step)
 
     return Entry(vjp)

@@ -64,7 +64,7 @@ def gemm_c(op: Emit, s: Step) -> ir.Value:
 
 
 def matmul_a(op: Emit, s: Step) -> ir.Value:
-    """dA = dY B^T, summed over the batch dims in which A was broadcast."""
+    """DA = dY B^T, summed over the batch dims in which A was broadcast."""
     b, dy = _matrices(op, s)[1:]
     return _fold_batch(op, s, op.MatMul(dy, _transposed(op, b, max(s.rank(s.input(1)), 2))), 0)
 

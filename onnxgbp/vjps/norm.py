@@ -22,14 +22,14 @@ def batch_normalization_x(op: Emit, s: Step) -> ir.Value:
     gamma, var = constant_value(scale), constant_value(variance)
     if gamma is not None and var is not None:
         # Computed once at convert time, in float64: a vector of one number per channel.
-        factor = gamma.astype(np.float64) / np.sqrt(var.astype(np.float64) + epsilon)
-        return op.Mul(s.dy, op.like(factor.reshape(shape), s.x))
+        folded = gamma.astype(np.float64) / np.sqrt(var.astype(np.float64) + epsilon)
+        return op.Mul(s.dy, op.like(folded.reshape(shape), s.x))
     factor = op.Div(scale, op.cast_like(op.Sqrt(op.Add(variance, epsilon)), scale))
     return op.Mul(s.dy, op.cast_like(op.Reshape(factor, shape), s.x))
 
 
 def lrn_x(op: Emit, s: Step) -> ir.Value:
-    """y = x b^-beta with b = bias + alpha / size * (sum of x^2 over neighbouring channels).
+    """Y = x b^-beta with b = bias + alpha / size * (sum of x^2 over neighbouring channels).
 
     dx = dy b^-beta - 2 alpha beta / size * x * (sum of dy y / b over the channels that have this one as neighbour).
     """
@@ -67,13 +67,13 @@ def _softmax_axes(s: Step) -> list[int]:
 
 
 def softmax_x(op: Emit, s: Step) -> ir.Value:
-    """dx = y (dy - sum(dy y))."""
+    """Dx = y (dy - sum(dy y))."""
     total = op.ReduceSum(op.Mul(s.dy, s.y), axes=_softmax_axes(s), keepdims=1)
     return op.Mul(s.y, op.Sub(s.dy, total))
 
 
 def log_softmax_x(op: Emit, s: Step) -> ir.Value:
-    """dx = dy - softmax(x) sum(dy), with softmax(x) = exp(y)."""
+    """Dx = dy - softmax(x) sum(dy), with softmax(x) = exp(y)."""
     total = op.ReduceSum(s.dy, axes=_softmax_axes(s), keepdims=1)
     return op.Sub(s.dy, op.Mul(op.Exp(s.y), total))
 

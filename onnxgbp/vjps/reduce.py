@@ -22,7 +22,7 @@ def reduced_axes(s: Step) -> list[int]:
 
 
 def kept(op: Emit, s: Step, value: ir.Value) -> ir.Value:
-    """dy or y with the reduced axes as dims of size 1."""
+    """Dy or y with the reduced axes as dims of size 1."""
     axes = reduced_axes(s)
     return value if s.argument("keepdims") or not axes else op.Unsqueeze(value, axes=axes)
 
@@ -50,7 +50,7 @@ def mean_over(op: Emit, dy: ir.Value, x: ir.Value, axes: Sequence[int]) -> ir.Va
 
 
 def pick_first(op: Emit, dy: ir.Value, x: ir.Value, axes: Sequence[int], arg: Callable[..., ir.Value]) -> ir.Value:
-    """dy at the first extreme of each group of elements, 0 elsewhere. dy has 1 in the reduced axes."""
+    """Dy at the first extreme of each group of elements, 0 elsewhere. dy has 1 in the reduced axes."""
     rank = len(dims_of(x) or ())
     if len(axes) == 1:
         place = op.Equal(op.positions(x, axes[0]), arg(x, axis=axes[0], keepdims=1))

@@ -11,7 +11,7 @@ from onnxgbp.vjps.entry import inputs, variadic
 
 __all__ = ["VJPS"]
 
-_SLICE_END = 1 << 62  # beyond any dim; exporters write INT64_MAX or INT32_MAX for "to the end"
+_FAR = 1 << 30  # beyond any dim; exporters write INT64_MAX or INT32_MAX for "to the end"
 
 
 def reshaped(op: Emit, s: Step) -> ir.Value:
@@ -26,10 +26,9 @@ def transpose_x(op: Emit, s: Step) -> ir.Value:
 def concat_x(op: Emit, s: Step, index: int) -> ir.Value:
     """The part of dy that came from this input."""
     axis = s.axis()
-    sizes = [(dims_of(s.input(i)) or ())[axis] for i in range(index + 1)]
-    if all(isinstance(size, int) for size in sizes):
-        ends = np.cumsum(sizes).tolist()
-        return op.Slice(s.dy, starts=[ends[-1] - sizes[-1]], ends=[ends[-1]], axes=[axis])
+    sizes = [size for size in ((dims_of(s.input(i)) or ())[axis] for i in range(index + 1)) if isinstance(size, int)]
+    if len(sizes) == index + 1:
+        return op.Slice(s.dy, starts=[sum(sizes[:-1])], ends=[sum(sizes)], axes=[axis])
     start: Operand = [0]
     for i in range(index):
         start = op.Add(op.dim(s.input(i), axis), start)
@@ -63,7 +62,7 @@ def pad_x(op: Emit, s: Step) -> ir.Value:
         dy = op.Slice(
             dy,
             starts=[max(begins[axis], 0) for axis in cut],
-            ends=[-ends[axis] if ends[axis] > 0 else _SLICE_END for axis in cut],
+            ends=[-ends[axis] if ends[axis] > 0 else _FAR for axis in cut],
             axes=cut,
         )
     if any(pad < 0 for pad in begins + ends):  # a negative pad crops, so its gradient pads
@@ -85,12 +84,13 @@ def _gather_back(op: Emit, s: Step, dy: ir.Value, axis: int, begin: int, end: in
 
 
 def slice_x(op: Emit, s: Step) -> ir.Value:
-    """dy goes back to where it was taken, with zeros elsewhere."""
+    """Dy goes back to where it was taken, with zeros elsewhere."""
     starts, ends = s.ints("starts"), s.ints("ends")
     axes = [axis % s.rank() for axis in s.ints("axes") or range(len(starts or ()))]
     steps = s.ints("steps") or [1] * len(axes)
     dims = dims_of(s.x)
-    assert dims is not None and starts is not None and ends is not None  # rank() has refused an unknown rank
+    if dims is None or starts is None or ends is None:  # rank() has refused an unknown rank
+        raise s.refuse("starts or ends are missing")
     begins, rests = [0] * s.rank(), [0] * s.rank()
     scattered = []
     for start, end, axis, stride in zip(starts, ends, axes, steps, strict=True):
@@ -98,7 +98,7 @@ def slice_x(op: Emit, s: Step) -> ir.Value:
         if isinstance(size, int) and stride == 1:
             first, last, _ = slice(start, end).indices(size)
             begins[axis], rests[axis] = first, size - max(first, last)
-        elif stride == 1 and start >= 0 and end >= (1 << 31) - 1 and start == 0:
+        elif stride == 1 and start == 0 and end > _FAR:
             pass  # the whole of a free dim
         else:
             scattered.append((axis, start, end, stride))
@@ -114,23 +114,21 @@ def _scatter(op: Emit, s: Step, dy: ir.Value, axis: int, start: int, end: int, s
     """One axis of a strided slice, or one of a free dim: contracts it with the 0/1 matrix of the elements taken."""
     dims = dims_of(s.x)
     size = dims[axis] if dims is not None else None
+    if stride == -1 and start in (-1, size) and end < -_FAR:  # the whole axis backwards: so is its gradient
+        return op.Slice(dy, starts=[-1], ends=[-_FAR - 1], axes=[axis], steps=[-1])
     if isinstance(size, int):
-        taken = np.arange(size)[slice(*_python_slice(start, end, stride))]
+        stop = None if stride < 0 and end < -_FAR else end  # "before the first" is None in Python
+        taken = np.arange(size)[start:stop:stride]
         matrix = op.like((taken[:, None] == np.arange(size)[None]).astype(np.float64), s.x)
     else:
         places = op.Reshape(op.positions(s.x, axis), [-1])
-        taken = op.Slice(places, starts=[start], ends=[end], axes=[0], steps=[stride])
-        same = op.Equal(op.Unsqueeze(taken, axes=[1]), op.Unsqueeze(places, axes=[0]))
+        there = op.Slice(places, starts=[start], ends=[end], axes=[0], steps=[stride])
+        same = op.Equal(op.Unsqueeze(there, axes=[1]), op.Unsqueeze(places, axes=[0]))
         assert s.x.dtype is not None  # every value has its type before a rule sees it
         matrix = op.Cast(same, to=int(s.x.dtype))
     order = [i for i in range(s.rank()) if i != axis] + [axis]
     moved = op.MatMul(op.Transpose(dy, perm=order), matrix)
     return op.Transpose(moved, perm=[order.index(i) for i in range(s.rank())])
-
-
-def _python_slice(start: int, end: int, stride: int) -> tuple[int | None, int | None, int]:
-    """ONNX clamps a far negative end of a backward slice to "before the first", which Python writes as None."""
-    return start, (None if stride < 0 and end < -(1 << 30) else end), stride
 
 
 VJPS = {
