@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxgbp.activations import Activation
 from onnxgbp.differentiate import differentiate
-from onnxgbp.emit import PRIVATE, Emit
+from onnxgbp.emit import PRIVATE, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.lower import PROFILES, lower, prune
 from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
@@ -110,11 +110,9 @@ class GradientGraph:
         graph.extend(nodes)
         results = {f"attribution_{value.name}" if len(inputs) > 1 else "attribution": value for value in inputs}
         for name, value in results.items():
-            _output(op, name, gradients[value])
-        _output(op, "attribution_target", seed.target)
-        for name, value in results.items():
-            outcome = next(o for o in graph.outputs if o.name == name)
-            outcome.type, outcome.shape = value.type, value.meta.get("declared", (None, value.shape))[1]
+            _output(op, name, gradients[value], value.meta.get("declared", (None, value.shape))[1])
+        batch = (dims_of(explained.tensor) or (1,))[:1]
+        _output(op, "attribution_target", seed.target, ir.Shape([dim if _named(dim) else None for dim in batch]))
         marked = {node.meta["activation"] for node in nodes if node.op_type == "Activation" and node.domain == PRIVATE}
         options = {
             "target": str(target),
@@ -185,11 +183,16 @@ def describe(converted: onnx.ModelProto) -> str:
     return f"{said['method']} of '{said['explained']}' ({unit}) with respect to {wrt}{behind}"
 
 
-def _output(op: Emit, name: str, value: ir.Value) -> None:
+def _named(dim: int | str | None) -> bool:
+    """Whether a dim is a size or a symbol of the source's, not one that shape inference made up."""
+    return isinstance(dim, int) or (dim is not None and dim.isidentifier() and not dim.startswith("free_"))
+
+
+def _output(op: Emit, name: str, value: ir.Value, shape: ir.Shape | None) -> None:
     """Adds a graph output, through an Identity: which tensor stands behind it shows only after the rules."""
     op.scope = "onnxgbp"
     result = op.Identity(value)
-    result.name = op.claim(name)
+    result.name, result.shape = op.claim(name), shape
     op.graph.extend(op.take())
     op.graph.outputs.append(result)
 

@@ -135,6 +135,10 @@ class Emit:
             self._constants[key] = self._new_constant(tensor)
         return self._constants[key]
 
+    def int64(self, values: int | Sequence[int]) -> ir.Value:
+        """A scalar or a vector of int64."""
+        return self.constant(np.array(values, np.int64))
+
     def like(self, number: float | np.ndarray[Any, Any], tensor: ir.Value) -> ir.Value:
         """A constant of the tensor's type."""
         dtype = tensor.dtype
@@ -162,8 +166,9 @@ class Emit:
     def dim(self, value: ir.Value, axis: int) -> ir.Value:
         """One dim as an int64 tensor of shape [1]."""
         dims = dims_of(value)
-        if dims is not None and isinstance(dims[axis], int):
-            return self.constant(np.array([dims[axis]], np.int64))
+        size = dims[axis] if dims is not None else None
+        if isinstance(size, int):
+            return self.int64([size])
         return self.Gather(self.Shape(value), [axis if axis >= 0 or dims is None else axis + len(dims)], axis=0)
 
     def reshape_like(self, value: ir.Value, like: ir.Value) -> ir.Value:
@@ -193,8 +198,8 @@ class Emit:
         shape, size = [-1 if i == axis else 1 for i in range(len(dims))], dims[axis]
         if isinstance(size, int):
             return self.constant(np.arange(size, dtype=np.int64).reshape(shape))
-        zero, one, none = (self.constant(np.array(value, np.int64)) for value in (0, 1, []))
-        return self.Reshape(self.Range(zero, self.Reshape(self.dim(like, axis), none), one), shape)
+        limit = self.Reshape(self.dim(like, axis), self.int64([]))  # a scalar, as Range wants it
+        return self.Reshape(self.Range(self.int64(0), limit, self.int64(1)), shape)
 
     def claim(self, name: str) -> str:
         """Frees a name that the product promises: an inner tensor of the source that has it is renamed."""
@@ -268,7 +273,7 @@ class Emit:
         if isinstance(operand, np.ndarray):
             return self.constant(operand)
         if isinstance(operand, Sequence):
-            return self.constant(np.array(operand, np.int64))
+            return self.int64(operand)
         assert first is not None  # a rule combines a number with a tensor
         return self.like(operand, first)
 

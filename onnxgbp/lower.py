@@ -84,7 +84,7 @@ def _vector(op: Emit, parts: Sequence[ir.Value]) -> ir.Value:
 def _begin(op: Emit, y: ir.Value, x: ir.Value, geometry: Window, axis: int) -> ir.Value:
     """The padding before the first element, as an int64 tensor of shape [1]."""
     if geometry.pads is not None:
-        return op.constant(np.array([geometry.pads[axis]], np.int64))
+        return op.int64([geometry.pads[axis]])
     total = op.Max(op.Sub(_span(op, y, geometry, axis), op.dim(x, axis + 2)), [0])
     half = op.Div(total, [2])
     return half if geometry.upper else op.Sub(total, half)
@@ -130,13 +130,13 @@ def max_pool_portable(op: Emit, node: ir.Node) -> ir.Value:
     """
     dy, x, y = _operands(node)
     geometry: Window = node.meta["window"]
-    rows = _rows(op, _padded(op, x, y, geometry, op.like(np.finfo(_float(x)).min, x)))
+    rows = _rows(op, _padded(op, x, y, geometry, op.like(np.finfo(_float(x)).min, x)), geometry)
     elements = int(np.prod(geometry.kernel))
     one_hot = op.like(np.eye(elements).reshape(elements, 1, *geometry.kernel), x)
     windows = op.Conv(rows, one_hot, strides=geometry.strides, dilations=geometry.dilations)
     order = op.constant(np.arange(elements, dtype=np.int64).reshape(1, -1, *[1] * geometry.rank))
     first = op.Equal(order, op.ArgMax(windows, axis=1, keepdims=1))
-    picked = op.Where(first, _rows(op, dy), op.like(0, dy))
+    picked = op.Where(first, _rows(op, dy, geometry), op.like(0, dy))
     return op.reshape_like(_transposed(op, picked, one_hot, x, geometry), x)
 
 
@@ -145,7 +145,7 @@ def average_pool_grad(op: Emit, node: ir.Node) -> ir.Value:
     geometry: Window = node.meta["window"]
     share = op.Div(dy, _window_counts(op, x, y, geometry, node.meta["count_include_pad"]))
     ones = op.like(np.ones((1, 1, *geometry.kernel)), x)
-    return op.reshape_like(_transposed(op, _rows(op, share), ones, x, geometry), x)
+    return op.reshape_like(_transposed(op, _rows(op, share, geometry), ones, x, geometry), x)
 
 
 def _window_counts(op: Emit, x: ir.Value, y: ir.Value, geometry: Window, include_pad: bool) -> Operand:
@@ -161,7 +161,7 @@ def _window_counts(op: Emit, x: ir.Value, y: ir.Value, geometry: Window, include
             inside = ((places >= low) & (places < high)).sum(1)
             counts = counts * inside.reshape([1, 1, *[-1 if j == i else 1 for j in range(rank)]])
         return float(counts.flat[0]) if (counts == counts.flat[0]).all() else op.like(counts, x)
-    sizes = [op.constant(np.array([1, 1], np.int64))] + [op.dim(x, i + 2) for i in range(rank)]
+    sizes = [op.int64([1, 1])] + [op.dim(x, i + 2) for i in range(rank)]
     ones = op.Expand(op.like(1, x), op.Concat(*sizes, axis=0))
     if include_pad and geometry.pads is not None:
         begins, ends = geometry.pads[:rank], geometry.pads[rank:]
@@ -182,10 +182,9 @@ def _float(x: ir.Value) -> Any:
     return x.dtype.numpy()
 
 
-def _rows(op: Emit, value: ir.Value) -> ir.Value:
+def _rows(op: Emit, value: ir.Value, geometry: Window) -> ir.Value:
     """[N, C, ...] as [N C, 1, ...]; in Reshape, 0 copies a dim."""
-    rank = len(value.shape) - 2 if value.shape is not None else 2
-    return op.Reshape(value, [-1, 1, *[0] * rank])
+    return op.Reshape(value, [-1, 1, *[0] * geometry.rank])
 
 
 def _padded(
@@ -204,11 +203,9 @@ def _padded(
         last = [
             op.Max(op.Sub(op.Sub(_span(op, y, geometry, i), op.dim(sized, i + 2)), first[i]), [0]) for i in range(rank)
         ]
-        none = op.constant(np.array([0, 0], np.int64))
+        none = op.int64([0, 0])
         pads = op.Concat(none, *first, none, *last, axis=0)
-    padded = op.Pad(x, pads=pads, constant_value=value)
-    padded.shape = ir.Shape([None] * (rank + 2))
-    return padded
+    return op.Pad(x, pads=pads, constant_value=value)
 
 
 def untie_weights(op: Emit) -> None:

@@ -151,7 +151,7 @@ def _read(path: Path) -> bytes:
 
 def _parse(data: bytes, path: Path) -> onnx.ModelProto:
     try:
-        proto = onnx.ModelProto.FromString(data)
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except DecodeError:
         # An ONNX file starts with field 1, ir_version, as a varint: a small number in practice.
         if data[:1] == b"\x08" and len(data) > 1 and 0 < data[1] < 64:
@@ -174,7 +174,7 @@ def _check_proto(proto: onnx.ModelProto, where: str) -> None:
         raise OnnxgbpError(f"{where} has opset {opset}, older than {OLDEST_OPSET}: export it again with a newer opset")
     if opset > newest:
         raise OnnxgbpError(
-            f"{where} has opset {opset}, newer than {newest}, the newest that onnx {onnx.__version__} knows: update onnx"
+            f"{where} has opset {opset}, newer than {newest}, the newest of onnx {onnx.__version__}: update onnx"
         )
     if proto.training_info:
         raise OnnxgbpError(f"{where} is a training graph (it has training_info): export it for inference")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxgbp.differentiate import find_path
@@ -31,7 +30,7 @@ class Explained:
 
 @dataclasses.dataclass(frozen=True)
 class Seed:
-    """seed: the gradient at the explained tensor; target: int64 [N], the class or unit per sample; input: if one is new."""
+    """seed: the gradient at the explained tensor; target: int64 [N], the class or unit; input: the new one, if any."""
 
     seed: ir.Value
     target: ir.Value
@@ -175,8 +174,10 @@ def make_seed(op: Emit, explained: Explained, target: str | int, unit: tuple[int
 
 def _given_seed(op: Emit, tensor: ir.Value) -> Seed:
     seed = _new_input(op, "seed", tensor)
-    if len(dims_of(tensor) or ()) < 2:
-        return Seed(seed, op.Expand(op.constant(np.array([-1], np.int64)), op.dim(tensor, 0)), seed)
+    dims = dims_of(tensor) or ()
+    if len(dims) < 2:  # no class axis
+        count = op.dim(tensor, 0) if dims else op.int64([1])
+        return Seed(seed, op.Expand(op.int64([-1]), count), seed)
     # The class is the one with the largest weight, the nearest thing to "what was explained" that one number can tell.
     weights = op.Reshape(seed, [0, -1])
     return Seed(seed, op.ArgMax(weights, axis=1, keepdims=0), seed)
@@ -197,12 +198,12 @@ def _one_unit(op: Emit, tensor: ir.Value, unit: tuple[int, ...]) -> Seed:
             raise OnnxgbpError(
                 f"unit index {index} is out of range: axis {axis} of tensor '{tensor.name}' has {size or '?'} entries"
             )
-        here = op.Equal(op.positions(tensor, axis), op.constant(np.array(index, np.int64)))
+        here = op.Equal(op.positions(tensor, axis), op.int64(index))
         mask = here if mask is None else op.And(mask, here)
     assert mask is not None  # unit is not empty
     one_hot = op.cast_like(mask, tensor)
     seed = op.typed(op.Expand(one_hot, op.shape(tensor)), tensor)
-    return Seed(seed, op.Expand(op.constant(np.array([unit[0]], np.int64)), op.dim(tensor, 0)))
+    return Seed(seed, op.Expand(op.int64([unit[0]]), op.dim(tensor, 0)))
 
 
 def _one_class(op: Emit, tensor: ir.Value, target: str | int) -> Seed:
@@ -215,20 +216,20 @@ def _one_class(op: Emit, tensor: ir.Value, target: str | int) -> Seed:
         chosen = strongest
     elif target == "input":
         given = _new_input(op, "target", strongest, dims[0])
-        chosen = op.Where(op.Equal(given, op.constant(np.array(-1, np.int64))), strongest, given)
+        chosen = op.Where(op.Equal(given, op.int64(-1)), strongest, given)
     else:
         if int(target) < 0 or (isinstance(classes, int) and int(target) >= classes):
             raise OnnxgbpError(
                 f"target {target} is out of range: tensor '{tensor.name}' has {classes} classes, 0 to {_last(classes)}"
             )
-        chosen = op.Expand(op.constant(np.array([int(target)], np.int64)), op.dim(tensor, 0))
+        chosen = op.Expand(op.int64([int(target)]), op.dim(tensor, 0))
     one_hot = op.Equal(op.positions(tensor, 1), op.Reshape(chosen, column))
     seed = op.typed(op.cast_like(one_hot, tensor), tensor)
     if given is not None:
         # A class out of range must not end in a blank map: this look-up fails on it where a runtime checks indices.
         # Below -1 an index would count from the end, so it is sent out of range too.
         count = op.dim(tensor, 1)
-        safe = op.Where(op.Less(chosen, op.constant(np.array(0, np.int64))), count, chosen)
+        safe = op.Where(op.Less(chosen, op.int64(0)), count, chosen)
         chosen = op.Gather(op.Reshape(op.positions(tensor, 1), [-1]), safe, axis=0)
     return Seed(seed, chosen, given)
 

@@ -59,6 +59,7 @@ VJPS = {
     "Min": extreme("Less"),
     "Neg": inputs(negated),
     "Identity": inputs(passes),
+    "Clip": inputs(passes),  # without a bound the identity; with one an activation
     "Dropout": inputs(dropout),
     "Cast": inputs(cast),
 }

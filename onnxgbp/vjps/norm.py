@@ -55,7 +55,7 @@ def _rows(op: Emit, s: Step) -> ir.Value:
     dims = dims_of(s.x)
     if dims is not None and isinstance(dims[1], int):
         # 0 copies the batch; the channels are static, so that -1 may stand for the pixels.
-        return op.constant(np.array([0, 1, dims[1], -1], np.int64))
+        return op.int64([0, 1, dims[1], -1])
     shape = op.Shape(s.x)
     return op.Concat(op.Gather(shape, [0], axis=0), [1], op.Gather(shape, [1], axis=0), [-1], axis=0)
 

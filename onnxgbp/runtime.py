@@ -1,0 +1,480 @@
+"""Running: one ONNX Runtime session behind a call that takes arrays and a class, and gives arrays.
+
+Protobuf lives here and in `model.py` only. ONNX Runtime is imported on first use, never by importing onnxgbp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from onnxgbp.convert import GradientGraph, Rules
+from onnxgbp.emit import dims_of
+from onnxgbp.errors import OnnxgbpError
+from onnxgbp.model import METADATA, ModelLike, Source, load
+from onnxgbp.rules import parse_rules
+from onnxgbp.target import parse_unit
+
+__all__ = ["Explainer", "Explanation", "InputSpec"]
+
+Array: TypeAlias = npt.NDArray[Any]
+Target: TypeAlias = "int | Sequence[int] | npt.NDArray[np.integer[Any]] | None"
+
+# Each of these installs the same Python package `onnxruntime`, over the files of any other; pip does not notice.
+_DISTRIBUTIONS = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-training",
+    "onnxruntime-training-cpu",
+    "onnxruntime-openvino",
+    "onnxruntime-directml",
+)
+_PROVIDERS = ("auto", "cpu", "cuda")
+_CUDA = "CUDAExecutionProvider"
+_CPU = "CPUExecutionProvider"
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(int16)": np.int16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint64)": np.uint64,
+    "tensor(bool)": np.bool_,
+    "tensor(string)": np.object_,
+}
+# What an output may have passed through between the explained tensor and its own name; see `target.py`.
+_BEHIND_SCORES = frozenset(
+    {"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Cast", "Reshape", "Squeeze", "Flatten", "ZipMap"}
+)
+# Every fault reaches the caller as an exception of ours, so the runtime's own lines on stderr would only repeat it.
+_FATAL_ONLY = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """An input of the model. shape: a size, or the name (or None) of a free dimension, per axis."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        return f"input '{self.name}'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What one call gives.
+
+    attribution: raw and signed, shape and dtype of the input; a dict by tensor name where several are explained.
+    scores: the model's own output that the explained tensor belongs to, as the model returns it (probabilities where
+        the model ends in a softmax); of an inner tensor, the model's first float output.
+    target: int64 [N], the class (or channel) that was explained for each sample.
+    outputs: every output of the model by name.
+    """
+
+    attribution: Array | dict[str, Array]
+    scores: Array
+    target: npt.NDArray[np.int64]
+    outputs: dict[str, Any]
+
+
+class Explainer:
+    """Explains a classifier: give it arrays, get the attribution, the scores and the class of each sample.
+
+        explainer = Explainer("net.onnx", method="guided")
+        result = explainer(x)                    # x: float array [N, ...]; the strongest class of each sample
+        result = explainer(x, target=[285, 3])   # one class per sample
+
+    One session is made here and used by every call; calls may come from several threads. It pickles by the model's
+    path (or its bytes, for a `ModelProto`) and the options; unpickling makes a new session.
+
+    Args:
+        model: a path or a `ModelProto`: a classifier, or a file that `convert` wrote, which is run as it is.
+        method, output, unit, wrt, rule, activations, profile: as for `convert`; for a converted file only what it was
+            converted with is accepted. `unit` fixes the target.
+        provider: auto (CUDA where it really works, else the CPU), cpu, or cuda (CUDA or an error).
+        threads: threads within one operator; None leaves it to ONNX Runtime.
+    Raises:
+        OnnxgbpError: the model or an option cannot be used, no ONNX Runtime or two of them are installed, or CUDA was
+            asked for and does not work.
+    """
+
+    def __init__(
+        self,
+        model: ModelLike,
+        *,
+        method: str | None = None,
+        provider: str = "auto",
+        output: str | None = None,
+        unit: str | int | Sequence[int] | None = None,
+        wrt: str | Sequence[str] = (),
+        rule: Rules = (),
+        activations: str | Sequence[str] | None = None,
+        profile: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if provider not in _PROVIDERS:
+            raise OnnxgbpError(f"no provider is called '{provider}': choose one of {', '.join(_PROVIDERS)}")
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise OnnxgbpError(f"threads is {threads!r}, not a count of 1 or more")
+        wrt = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+        what: dict[str, Any] = {"method": method, "output": output, "unit": unit, "wrt": wrt, "rule": tuple(rule)}
+        what |= {"activations": activations, "profile": profile}
+        self._options: dict[str, Any] = {**what, "provider": provider, "threads": threads}
+        # Absolute, so that a worker in another folder finds the same file.
+        self._model = model if isinstance(model, onnx.ModelProto) else os.path.abspath(model)
+
+        source = load(model)
+        self.name = source.name
+        self.sha256 = source.sha256
+        """sha256 of the model's bytes, as read."""
+        if METADATA + "method" in source.model.metadata_props:
+            _refuse_contradictions(source, what)
+            proto = model if isinstance(model, onnx.ModelProto) else onnx.load(str(model), load_external_data=False)
+            explained = source.model.metadata_props[METADATA + "explained"]
+            tensor = next((v for v in _values(source.model) if v.name == explained), None)
+        else:
+            graph = GradientGraph.build(
+                source, target="argmax" if unit is not None else "input", output=output, unit=unit, wrt=wrt
+            )
+            proto = graph.render(
+                method=method or "guided",
+                rule=what["rule"],
+                activations=activations or "all",
+                profile=profile or "ort",
+            )
+            tensor = graph.explained.tensor
+        dims = dims_of(tensor) if tensor is not None else None
+        self.classes = dims[1] if dims and len(dims) > 1 and isinstance(dims[1], int) else None
+        """How many classes the explained tensor has; None where the model leaves it open."""
+        self.metadata = {entry.key: entry.value for entry in proto.metadata_props}
+        """The metadata of the model that runs: the source's, and what `convert` adds under `onnxgbp.`."""
+        self._session = _session(proto, source, provider, threads)
+        self.provider = "cuda" if self._session.get_providers()[0] == _CUDA else "cpu"
+        """Where it runs: cpu or cuda."""
+        self._read_interface(proto)
+
+    def _read_interface(self, proto: onnx.ModelProto) -> None:
+        """Which inputs and outputs are the source's, and which are ours: ours stand last, in a fixed order."""
+        inputs = [InputSpec(i.name, _dtype(i.name, i.type), tuple(i.shape)) for i in self._session.get_inputs()]
+        self.mode = self.metadata[METADATA + "target"]
+        """What chooses the class: `input` (each call), or argmax, seed or an index that a converted file has fixed."""
+        self._target_input = inputs.pop() if self.mode == "input" else None
+        self.inputs: tuple[InputSpec, ...] = tuple(inputs)
+        """What a call must be given."""
+        self.wrt = tuple(json.loads(self.metadata[METADATA + "wrt"]))
+        names = [output.name for output in self._session.get_outputs()]
+        self._ours = names[-1 - len(self.wrt) :]
+        self._theirs = names[: -1 - len(self.wrt)]
+        types = {output.name: output.type for output in self._session.get_outputs()}
+        self.scores_output = _scores_output(proto, self.metadata[METADATA + "explained"], self._theirs)
+        """The name of the output that `Explanation.scores` holds."""
+        if self.scores_output is None:
+            floats = (
+                name for name in self._theirs if types[name] in ("tensor(float)", "tensor(double)", "tensor(float16)")
+            )
+            self.scores_output = next(floats, self._theirs[0] if self._theirs else None)
+
+    def __call__(self, x: Any, target: Target = None) -> Explanation:
+        """Explains a batch.
+
+        Args:
+            x: an array in the model's shape and type, or a dict of arrays by input name where there are several.
+                Floats are cast to the model's float type, lists of numbers to its type; an array of integers is not
+                made into floats (it is usually a picture that still has to be scaled), so cast it yourself.
+            target: a class for all samples, one per sample, or None for the strongest of each sample.
+        Raises:
+            OnnxgbpError: an input of a wrong name, shape or type, a target that is out of range or of a wrong length,
+                or the runtime fails.
+        """
+        feeds = self._feeds(x)
+        if self._target_input is not None:
+            count = self._batch(feeds)
+            feeds[self._target_input.name] = self._targets(target, count)
+        elif target is not None:
+            self._check_fixed(target, self._batch(feeds))
+        try:
+            values = self._session.run([*self._theirs, *self._ours], feeds)
+        except Exception as error:  # noqa: BLE001 - the runtime's exceptions share no base class of their own
+            hint = "; is the target in range?" if target is not None and self.classes is None else ""
+            raise OnnxgbpError(f"ONNX Runtime could not run {self.name}: {_short(error)}{hint}") from None
+        outputs = dict(zip(self._theirs, values, strict=False))
+        *attributions, chosen = values[len(self._theirs) :]
+        attribution = attributions[0] if len(self.wrt) == 1 else dict(zip(self.wrt, attributions, strict=True))
+        scores = _as_array(outputs[self.scores_output] if self.scores_output is not None else [])
+        return Explanation(attribution, scores, chosen, outputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        model = self._model if isinstance(self._model, str) else self._model.SerializeToString()
+        return _unpickle, (model, self._options)
+
+    def __repr__(self) -> str:
+        said = {name: value for name, value in self._options.items() if value not in (None, ())}
+        return f"Explainer({self.name!r}, {', '.join(f'{name}={value!r}' for name, value in said.items())})"
+
+    def _feeds(self, x: Any) -> dict[str, Array]:
+        """The arrays by input name, checked and cast."""
+        names = ", ".join(f"'{spec.name}'" for spec in self.inputs)
+        if not isinstance(x, Mapping):
+            if len(self.inputs) != 1:
+                raise OnnxgbpError(f"the model has {len(self.inputs)} inputs: give a dict of arrays for {names}")
+            x = {self.inputs[0].name: x}
+        known = {spec.name for spec in self.inputs}
+        if unknown := [str(name) for name in x if name not in known]:
+            raise OnnxgbpError(f"the model has no input '{unknown[0]}': it takes {names}")
+        if missing := [spec for spec in self.inputs if spec.name not in x]:
+            raise OnnxgbpError(f"{missing[0]} is missing: the model takes {names}")
+        feeds = {spec.name: _checked(spec, x[spec.name]) for spec in self.inputs}
+        sizes: dict[str, tuple[int, InputSpec]] = {}
+        for spec in self.inputs:
+            for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True):
+                # A free dimension that two inputs share by name has one size; an anonymous one is its own.
+                if isinstance(dim, str) and sizes.setdefault(dim, (size, spec))[0] != size:
+                    first = sizes[dim]
+                    raise OnnxgbpError(f"dimension '{dim}' is {first[0]} in {first[1]} but {size} in {spec}")
+        return feeds
+
+    def _batch(self, feeds: Mapping[str, Array]) -> int:
+        """The number of samples: the size of the dimension that `target` has in the model, else of axis 0."""
+        dim = self._target_input.shape[0] if self._target_input is not None and self._target_input.shape else None
+        if isinstance(dim, int):
+            return dim
+        if dim is not None:
+            for spec in self.inputs:
+                if dim in spec.shape:
+                    return int(feeds[spec.name].shape[spec.shape.index(dim)])
+        first = next((feeds[name] for name in self.wrt if name in feeds), next(iter(feeds.values())))
+        return int(first.shape[0]) if first.ndim else 1
+
+    def _targets(self, target: Target, count: int) -> npt.NDArray[np.int64]:
+        """int64 [N], -1 for the strongest class."""
+        if target is None:
+            return np.full(count, -1, np.int64)
+        given = _class_indices(target)
+        if given.ndim and given.shape != (count,):
+            shape = f"{len(given)} classes" if given.ndim == 1 else f"shape {list(given.shape)}"
+            raise OnnxgbpError(f"target has {shape}, but there are {count} samples: give one class, or one per sample")
+        targets = np.broadcast_to(given, (count,)).astype(np.int64)
+        wrong = targets < 0 if self.classes is None else (targets < 0) | (targets >= self.classes)
+        if wrong.any():
+            last = "" if self.classes is None else f": the model has {self.classes} classes, 0 to {self.classes - 1}"
+            raise OnnxgbpError(f"target {targets[wrong][0]} is out of range{last or '; it counts from 0'}")
+        return targets
+
+    def _check_fixed(self, target: Target, count: int) -> None:
+        """A file with a fixed target may be asked for that target only."""
+        if METADATA + "unit" in self.metadata:
+            raise OnnxgbpError(f"unit {self.metadata[METADATA + 'unit']} is explained: leave the target out")
+        if not self.mode.isdecimal() or (self._targets(target, count) != int(self.mode)).any():
+            raise OnnxgbpError(
+                f"{self.name} was converted with --target {self.mode}: leave the target out, or convert with --target input"
+            )
+
+
+def _unpickle(model: str | bytes, options: dict[str, Any]) -> Explainer:
+    return Explainer(model if isinstance(model, str) else onnx.ModelProto.FromString(model), **options)
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    for node in model.graph:
+        yield from node.outputs
+
+
+def _refuse_contradictions(source: Source, what: Mapping[str, Any]) -> None:
+    """An already converted file says what it is; an option that says otherwise cannot be followed any more."""
+    said = {k.removeprefix(METADATA): v for k, v in source.model.metadata_props.items() if k.startswith(METADATA)}
+    unit, activations = parse_unit(what["unit"]), what["activations"]
+    asked: dict[str, str | None] = {
+        "method": what["method"],
+        "explained": what["output"],
+        "unit": None if unit is None else ",".join(map(str, unit)),
+        "wrt": json.dumps(what["wrt"]) if what["wrt"] else None,
+        "activations": activations if activations is None or isinstance(activations, str) else ",".join(activations),
+        "profile": what["profile"],
+    }
+    if what["rule"]:
+        pairs = parse_rules(what["method"] or said["method"], what["rule"])
+        asked["rules"] = json.dumps([f"{pattern}={name}" for pattern, name in pairs])
+    for name, value in asked.items():
+        if value is not None and value != said.get(name):
+            option = {"explained": "output", "rules": "rule"}.get(name, name)
+            raise OnnxgbpError(
+                f"{source.name} is already converted with {option} {said.get(name, '(none)')}, not {value}: "
+                "leave the option out, or give the model that it was made from"
+            )
+
+
+def _scores_output(proto: onnx.ModelProto, explained: str, outputs: Sequence[str]) -> str | None:
+    """The output of the source that shows the explained tensor, as it is or behind a softmax and the like."""
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    for output in outputs:
+        name = output
+        while name != explained and name in makers and makers[name].op_type in _BEHIND_SCORES:
+            name = makers[name].input[0]
+        if name == explained:
+            return output
+    return None
+
+
+def _dtype(name: str, kind: str) -> np.dtype[Any]:
+    if kind not in _DTYPES:
+        raise OnnxgbpError(f"input '{name}' is a {kind}, which numpy arrays cannot hold")
+    return np.dtype(_DTYPES[kind])
+
+
+def _checked(spec: InputSpec, value: Any) -> Array:
+    """The value as an array of the input's type and shape."""
+    given_type = getattr(value, "dtype", None)
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # noqa: BLE001 - anything may be handed in, and raise anything
+        raise OnnxgbpError(f"{spec} cannot be read as an array: {_short(error)}") from None
+    if array.dtype != spec.dtype:
+        array = _cast(spec, array, is_array=given_type is not None)
+    expected = "[" + ", ".join(str(dim or "?") for dim in spec.shape) + "]"
+    fits = len(spec.shape) == array.ndim and all(
+        not isinstance(dim, int) or dim == size for dim, size in zip(spec.shape, array.shape, strict=True)
+    )
+    if not fits:
+        batch = " (is the batch axis missing?)" if array.ndim == len(spec.shape) - 1 else ""
+        raise OnnxgbpError(f"{spec} has shape {expected}, got {list(array.shape)}{batch}")
+    if not array.size:
+        raise OnnxgbpError(f"{spec} is empty: its shape is {list(array.shape)}")
+    return array
+
+
+def _cast(spec: InputSpec, array: Array, *, is_array: bool) -> Array:
+    wanted, got = spec.dtype, array.dtype
+    floats = wanted.kind == "f" and got.kind == "f"
+    from_list = (
+        not is_array and got.kind in "iuf" and (wanted.kind == "f" or (wanted.kind in "iu" and got.kind in "iu"))
+    )
+    if not (floats or from_list or (wanted.kind in "iu" and np.can_cast(got, wanted)) or wanted.kind == "O"):
+        hint = ""
+        if wanted.kind == "f" and got.kind in "iub":
+            hint = f"; scale it as the model was trained, then .astype(np.{wanted})"
+        elif wanted.kind in "iu" and got.kind in "iuf":
+            hint = f"; cast it with .astype(np.{wanted}) if that is meant"
+        raise OnnxgbpError(f"{spec} is {wanted}, got {'an object' if got.kind == 'O' else got}{hint}")
+    with np.errstate(over="ignore"):
+        cast = array.astype(wanted)
+    lost = (
+        np.isfinite(array).all() and not np.isfinite(cast).all()
+        if floats
+        else (cast != array).any() and wanted.kind in "iu"
+    )
+    if lost:
+        raise OnnxgbpError(f"{spec} is {wanted}, which cannot hold the values of the {got} array")
+    return cast
+
+
+def _class_indices(target: Any) -> npt.NDArray[np.integer[Any]]:
+    try:
+        given = np.asarray(target)
+    except (ValueError, TypeError):
+        given = np.asarray(None)
+    if given.dtype.kind not in "iu":
+        raise OnnxgbpError(f"target {target!r} is neither a class index nor a list of them")
+    return given
+
+
+def _as_array(value: Any) -> Array:
+    """An output as an array; a list of maps, one per sample, becomes one row of values each."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return np.array([list(row.values()) for row in value])
+    return np.asarray(value)
+
+
+def _short(error: BaseException) -> str:
+    """The first line of what the runtime says, without its own prefix."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    said = lines[0].strip() if lines else type(error).__name__
+    prefix, separator, rest = said.partition(" : ")
+    return rest.partition(" : ")[2] or rest if separator and prefix.startswith("[ONNXRuntimeError]") else said
+
+
+def _runtime() -> Any:
+    """The module onnxruntime, if exactly one distribution of it is installed."""
+    installed = []
+    for name in _DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.distribution(name)
+            installed.append(name)
+    if len(installed) > 1:
+        raise OnnxgbpError(
+            f"{' and '.join(installed)} are both installed and overwrite each other's files; repair it with "
+            f"pip uninstall -y {' '.join(installed)}, then install one of them again"
+        )
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        if not installed:
+            raise OnnxgbpError("no ONNX Runtime is installed: pip install 'onnxgbp[cpu]'") from None
+        raise OnnxgbpError(
+            f"{installed[0]} cannot be imported ({_short(error)}); repair it with pip install --force-reinstall {installed[0]}"
+        ) from None
+
+
+def _session(proto: onnx.ModelProto, source: Source, provider: str, threads: int | None) -> Any:
+    runtime = _runtime()
+    try:
+        data = proto.SerializeToString(deterministic=True)
+    except Exception:  # noqa: BLE001 - protobuf's implementations differ in what they raise
+        raise OnnxgbpError(f"{source.name} is larger than 2 GB: keep its weights in external data") from None
+    options = runtime.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if source.path is not None:  # where external data, if any, is looked for
+        folder = str(Path(source.path).resolve().parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    compiled_in = _CUDA in runtime.get_available_providers()
+    if provider == "cuda" and not compiled_in:
+        raise OnnxgbpError("the installed ONNX Runtime has no CUDA: install onnxruntime-gpu in its place")
+    if provider == "cuda" or (provider == "auto" and compiled_in):
+        session, fault = _cuda_session(runtime, data, options, source)
+        if session is not None:
+            return session
+        if provider == "cuda":
+            raise OnnxgbpError(
+                f"CUDA does not work here ({fault}): check driver, CUDA and cuDNN, or choose the provider cpu"
+            )
+    try:
+        return runtime.InferenceSession(data, options, providers=[_CPU])
+    except Exception as error:  # noqa: BLE001 - as above
+        raise OnnxgbpError(f"ONNX Runtime {runtime.__version__} cannot load {source.name}: {_short(error)}") from None
+
+
+def _cuda_session(runtime: Any, data: bytes, options: Any, source: Source) -> tuple[Any, str]:
+    """A session that really is on CUDA, or None and the reason. One that is not falls back to the CPU unasked."""
+    with contextlib.suppress(Exception):  # the libraries may also be found without it; the session decides
+        if hasattr(runtime, "preload_dlls"):
+            runtime.preload_dlls()
+    # TF32 keeps 10 bits of mantissa: enough to flip ReLU decisions and with them whole pixels of the map.
+    providers = [(_CUDA, {"use_tf32": "0"}), _CPU]
+    try:
+        session = runtime.InferenceSession(data, options, providers=providers)
+    except Exception as error:  # noqa: BLE001 - as above
+        return None, f"{source.name}: {_short(error)}"
+    if _CUDA not in session.get_providers():
+        return None, "the session fell back to the CPU"
+    return session, ""
