@@ -3,5 +3,6 @@
 from onnxgbp.convert import GradientGraph, convert
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.model import load, save
+from onnxgbp.runtime import Explainer, Explanation
 
-__all__ = ["GradientGraph", "OnnxgbpError", "convert", "load", "save"]
+__all__ = ["Explainer", "Explanation", "GradientGraph", "OnnxgbpError", "convert", "load", "save"]

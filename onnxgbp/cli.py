@@ -149,6 +149,10 @@ def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     """
     from onnxgbp.explain import explain_images  # Pillow and onnxruntime: only here
 
+    context = click.get_current_context()
+    for name in ("method", "activations"):  # a converted file says both itself; only what was asked for can contradict
+        if context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+            options[name] = None
     failed = explain_images(paths, out, echo=click.echo, **options)
     if failed:
         raise click.ClickException(f"{len(failed)} of the images could not be explained; the others are done")

@@ -214,6 +214,16 @@ class Emit:
         self._names.add(name)
         return name
 
+    def vector(self, *parts: ir.Value | int) -> ir.Value:
+        """An int64 vector of numbers and of int64 tensors of shape [1], a constant where all are numbers."""
+        if all(isinstance(part, int) for part in parts):
+            return self.int64([part for part in parts if isinstance(part, int)])
+        return self.Concat(*(self.int64([part]) if isinstance(part, int) else part for part in parts), axis=0)
+
+    def is_zero(self, value: ir.Value) -> ir.Value:
+        """Elementwise x == 0; Equal takes no floats before opset 11."""
+        return self.Not(self.Cast(value, to=int(ir.DataType.BOOL)))
+
     def _target(self, like: ir.Value) -> Operand:
         dims = dims_of(like)
         if dims is None or 0 in dims or sum(not isinstance(dim, int) for dim in dims) > 1:

@@ -164,7 +164,8 @@ class Conv(OpRun):
         y = np.zeros((x.shape[0], groups, kernels.shape[1], math.prod(window.out)), x.dtype)
         for position, cut in window.taps():
             met = padded[cut].reshape(x.shape[0], groups, x.shape[1] // groups, -1)
-            y += kernels[(..., *position)] @ met
+            at: Any = (..., *position)
+            y += kernels[at] @ met
         y = y.reshape(x.shape[0], w.shape[0], *window.out)
         return (y if b is None else y + b.reshape(1, -1, *[1] * len(window.out)),)
 
@@ -205,12 +206,14 @@ class ConvTranspose(OpRun):
         kernels = np.swapaxes(w.reshape(groups, w.shape[0] // groups, *w.shape[1:]), 1, 2)
         rows = x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
         for position in itertools.product(*map(range, kernel)):
-            part = kernels[(..., *position)] @ rows
+            at: Any = (..., *position)
+            part = kernels[at] @ rows
             cut = [
                 slice(p * d, p * d + (n - 1) * s + 1, s)
                 for p, d, n, s in zip(position, spread, x.shape[2:], steps, strict=True)
             ]
-            y[(..., *cut)] += part.reshape(*part.shape[:3], *x.shape[2:])
+            target: Any = (..., *cut)
+            y[target] += part.reshape(*part.shape[:3], *x.shape[2:])
         y = y.reshape(x.shape[0], groups * channels, *size)
         y = y[(slice(None), slice(None), *[slice(begin, begin + o) for begin, o in zip(begins, out, strict=True)])]
         return (y if b is None else y + b.reshape(1, -1, *[1] * rank),)

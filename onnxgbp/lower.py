@@ -23,12 +23,15 @@ Lowering: TypeAlias = "Callable[[Emit, ir.Node], ir.Value]"
 
 def replace_calls(op: Emit, table: Mapping[str, Lowering]) -> None:
     """Replaces each private call that the table knows by the nodes that its function writes."""
-    for node in list(op.graph):
+    nodes = list(op.graph)
+    for node in nodes:
         if node.domain != PRIVATE or node.op_type not in table:
             continue
         op.scope = (node.name or "").rpartition("/")[0]
         value, call = table[node.op_type](op, node), node.outputs[0]
-        op.graph.insert_before(node, op.take())
+        new = op.take()
+        op.graph.insert_before(node, new)
+        nodes.extend(new)  # a spelling may call another
         if value.shape is None:
             op.typed(value, call)
         call.replace_all_uses_with(value, replace_graph_outputs=True)
@@ -65,6 +68,9 @@ def _transposed(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Wind
         extra = [0] * rank
         if geometry.static:
             extra = [size - geometry.span(i) + pads[i] + pads[i + rank] for i, size in enumerate(_ints(geometry.size))]
+            # With ceil_mode the last window may reach beyond the padding: that much is cut off as well.
+            pads = pads[:rank] + [pads[i + rank] + max(-extra[i], 0) for i in range(rank)]
+            extra = [max(more, 0) for more in extra]
         return op.ConvTranspose(dy, w, pads=pads, output_padding=extra if any(extra) else None, **common)
     # A free size shows its edge only at run time: write it out in full, then cut x's part of it.
     full = op.ConvTranspose(dy, w, output_padding=[stride - 1 for stride in geometry.strides], **common)
@@ -140,12 +146,19 @@ def max_pool_portable(op: Emit, node: ir.Node) -> ir.Value:
     return op.reshape_like(_transposed(op, picked, one_hot, x, geometry), x)
 
 
+def sum_pool_grad(op: Emit, node: ir.Node) -> ir.Value:
+    """Each element gets the sum over the windows that hold it."""
+    share, x = _operands(node)
+    geometry: Window = node.meta["window"]
+    ones = op.like(np.ones((1, 1, *geometry.kernel)), x)
+    return op.reshape_like(_transposed(op, _rows(op, share, geometry), ones, x, geometry), x)
+
+
 def average_pool_grad(op: Emit, node: ir.Node) -> ir.Value:
     dy, x, y = _operands(node)
     geometry: Window = node.meta["window"]
     share = op.Div(dy, _window_counts(op, x, y, geometry, node.meta["count_include_pad"]))
-    ones = op.like(np.ones((1, 1, *geometry.kernel)), x)
-    return op.reshape_like(_transposed(op, _rows(op, share, geometry), ones, x, geometry), x)
+    return op.private("SumPoolGrad", share, x, like=x, window=geometry)
 
 
 def _window_counts(op: Emit, x: ir.Value, y: ir.Value, geometry: Window, include_pad: bool) -> Operand:
@@ -238,5 +251,6 @@ LOWERINGS: dict[str, dict[str, Lowering]] = {
     # MaxPool's Indices and ScatterElements are wrong or missing in OpenCV, tinygrad, TVM and WebGPU.
     "MaxPoolGrad": {"ort": max_pool_scatter, "portable": max_pool_portable},
     "AveragePoolGrad": {"ort": average_pool_grad, "portable": average_pool_grad},
+    "SumPoolGrad": {"ort": sum_pool_grad, "portable": sum_pool_grad},
 }
 PROFILES = tuple(dict.fromkeys(itertools.chain.from_iterable(LOWERINGS.values())))

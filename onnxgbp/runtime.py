@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -140,7 +139,7 @@ class Explainer:
         what |= {"activations": activations, "profile": profile}
         self._options: dict[str, Any] = {**what, "provider": provider, "threads": threads}
         # Absolute, so that a worker in another folder finds the same file.
-        self._model = model if isinstance(model, onnx.ModelProto) else os.path.abspath(model)
+        self._model = model if isinstance(model, onnx.ModelProto) else str(Path(model).absolute())
 
         source = load(model)
         self.name = source.name
@@ -206,11 +205,9 @@ class Explainer:
                 or the runtime fails.
         """
         feeds = self._feeds(x)
+        targets = self.check_target(target, self._batch(feeds))
         if self._target_input is not None:
-            count = self._batch(feeds)
-            feeds[self._target_input.name] = self._targets(target, count)
-        elif target is not None:
-            self._check_fixed(target, self._batch(feeds))
+            feeds[self._target_input.name] = targets
         try:
             values = self._session.run([*self._theirs, *self._ours], feeds)
         except Exception as error:  # noqa: BLE001 - the runtime's exceptions share no base class of their own
@@ -221,6 +218,24 @@ class Explainer:
         attribution = attributions[0] if len(self.wrt) == 1 else dict(zip(self.wrt, attributions, strict=True))
         scores = _as_array(outputs[self.scores_output] if self.scores_output is not None else [])
         return Explanation(attribution, scores, chosen, outputs)
+
+    def check_target(self, target: Target, count: int = 1) -> npt.NDArray[np.int64]:
+        """The target of each of `count` samples, int64 [count], -1 for the strongest class.
+
+        Raises:
+            OnnxgbpError: out of range, of a wrong length, or not the one that a converted file was made for.
+        """
+        if target is None:
+            return np.full(count, -1, np.int64)
+        if METADATA + "unit" in self.metadata:
+            raise OnnxgbpError(f"unit {self.metadata[METADATA + 'unit']} is explained: leave the target out")
+        targets = self._targets(target, count)
+        if self._target_input is None and (not self.mode.isdecimal() or (targets != int(self.mode)).any()):
+            raise OnnxgbpError(
+                f"{self.name} was converted with --target {self.mode}: leave the target out, "
+                "or convert with --target input"
+            )
+        return targets
 
     def __reduce__(self) -> tuple[Any, ...]:
         model = self._model if isinstance(self._model, str) else self._model.SerializeToString()
@@ -265,9 +280,7 @@ class Explainer:
         return int(first.shape[0]) if first.ndim else 1
 
     def _targets(self, target: Target, count: int) -> npt.NDArray[np.int64]:
-        """int64 [N], -1 for the strongest class."""
-        if target is None:
-            return np.full(count, -1, np.int64)
+        """int64 [N], each in range."""
         given = _class_indices(target)
         if given.ndim and given.shape != (count,):
             shape = f"{len(given)} classes" if given.ndim == 1 else f"shape {list(given.shape)}"
@@ -278,15 +291,6 @@ class Explainer:
             last = "" if self.classes is None else f": the model has {self.classes} classes, 0 to {self.classes - 1}"
             raise OnnxgbpError(f"target {targets[wrong][0]} is out of range{last or '; it counts from 0'}")
         return targets
-
-    def _check_fixed(self, target: Target, count: int) -> None:
-        """A file with a fixed target may be asked for that target only."""
-        if METADATA + "unit" in self.metadata:
-            raise OnnxgbpError(f"unit {self.metadata[METADATA + 'unit']} is explained: leave the target out")
-        if not self.mode.isdecimal() or (self._targets(target, count) != int(self.mode)).any():
-            raise OnnxgbpError(
-                f"{self.name} was converted with --target {self.mode}: leave the target out, or convert with --target input"
-            )
 
 
 def _unpickle(model: str | bytes, options: dict[str, Any]) -> Explainer:
@@ -430,7 +434,8 @@ def _runtime() -> Any:
         if not installed:
             raise OnnxgbpError("no ONNX Runtime is installed: pip install 'onnxgbp[cpu]'") from None
         raise OnnxgbpError(
-            f"{installed[0]} cannot be imported ({_short(error)}); repair it with pip install --force-reinstall {installed[0]}"
+            f"{installed[0]} cannot be imported ({_short(error)}); "
+            f"repair it with pip install --force-reinstall {installed[0]}"
         ) from None
 
 

@@ -39,18 +39,21 @@ def infer_shapes(model: ir.Model) -> None:
     nodes = [_Node(node) for node in graph]
     first = _propagate(graph, nodes, sizes[0])
     second = _propagate(graph, nodes, sizes[1]) if free else first
+    made = [value for node in graph for value in node.outputs if value.name]
+    # Sizes that the model cannot take (a position table fixes the image's size) leave gaps: symbols still tell ranks.
+    gaps = any(value.name not in first or value.name not in second for value in made)
+    symbolic = _propagate(graph, nodes, {}) if gaps and free else {}
     symbols = {(sizes[0][name], sizes[1][name]): name for name in free}
-    for node in graph:
-        for value in node.outputs:
-            a, b = first.get(value.name or ""), second.get(value.name or "")
-            if a is None or b is None or not a.HasField("tensor_type"):  # ZipMap gives a list of maps
-                if not value.is_graph_output():  # an output keeps what the file says, the best there is
-                    value.type = value.shape = None
-                continue
-            value.type = ir.serde.deserialize_type_proto_for_type(a)
-            value.shape = _merge(
-                ir.serde.deserialize_type_proto_for_shape(a), ir.serde.deserialize_type_proto_for_shape(b), symbols
-            )
+    for value in made:
+        name = value.name or ""
+        a, b = (first[name], second[name]) if name in first and name in second else (symbolic.get(name),) * 2
+        if a is None or b is None or not a.HasField("tensor_type"):  # ZipMap gives a list of maps
+            if not value.is_graph_output():  # an output keeps what the file says, the best there is
+                value.type = value.shape = None
+            continue
+        value.type = ir.serde.deserialize_type_proto_for_type(a)
+        one, two = (ir.serde.deserialize_type_proto_for_shape(t) for t in (a, b))
+        value.shape = _merge(one, two, symbols)
 
 
 @dataclasses.dataclass
@@ -103,7 +106,7 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> Ty
     for value in graph.inputs:
         if value.type is None or value.shape is None:
             continue
-        dims = [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape]
+        dims = [dim if isinstance(dim, int) else sizes.get(str(dim.value), str(dim.value)) for dim in value.shape]
         types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(value.type.dtype), dims)
     for name, value in graph.initializers.items():
         tensor = value.const_value
@@ -173,10 +176,12 @@ def _values(entry: _Node, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, 
 def _merge(a: ir.Shape | None, b: ir.Shape | None, symbols: dict[tuple[int, int], str]) -> ir.Shape | None:
     if a is None or b is None or len(a) != len(b):
         return None
+    names = set(symbols.values())
     dims: list[int | str | None] = []
     for one, other in zip(a, b, strict=True):
-        if not isinstance(one, int) or not isinstance(other, int):
-            dims.append(None)
-        else:
+        if isinstance(one, int) and isinstance(other, int):
             dims.append(one if one == other else symbols.get((one, other), f"{one}|{other}"))
+        else:  # from the symbolic run: a symbol of the inputs', or one that onnx made up
+            symbol = None if isinstance(one, int) else one.value
+            dims.append(symbol if symbol in names else None)
     return ir.Shape(dims)

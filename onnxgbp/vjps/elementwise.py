@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 
 import onnx_ir as ir
 
@@ -49,17 +51,74 @@ def dropout(op: Emit, s: Step) -> ir.Value:
     return s.dy
 
 
+def unary(derivative: Callable[[Emit, ir.Value, ir.Value], ir.Value]) -> Entry:
+    """The rule dx = dy f'(x), with f' written from x and y."""
+    return inputs(lambda op, s: op.Mul(s.dy, derivative(op, s.x, s.y)))
+
+
+def pow_a(op: Emit, s: Step) -> ir.Value:
+    """dx = dy b x^(b-1); the exponent may be of another type than x."""
+    b = op.cast_like(s.input(1), s.x)
+    return op.Mul(s.dy, op.Mul(b, op.Pow(s.x, op.Sub(b, 1))))
+
+
+def pow_b(op: Emit, s: Step) -> ir.Value:
+    """db = dy y log x, and 0 where x = 0."""
+    log = op.Log(op.Where(op.is_zero(s.x), op.like(1, s.x), s.x))
+    return op.cast_like(op.Mul(op.Mul(s.dy, s.y), log), s.input(1))
+
+
+def where_a(op: Emit, s: Step) -> ir.Value:
+    return op.Where(s.input(0), s.dy, op.like(0, s.dy))
+
+
+def where_b(op: Emit, s: Step) -> ir.Value:
+    return op.Where(s.input(0), op.like(0, s.dy), s.dy)
+
+
+def shrink(op: Emit, s: Step) -> ir.Value:
+    limit = float(s.argument("lambd"))
+    return op.Where(op.Or(op.Greater(s.x, limit), op.Less(s.x, -limit)), s.dy, op.like(0, s.dy))
+
+
+def _root(op: Emit, square: ir.Value) -> ir.Value:
+    """1 / sqrt."""
+    return op.Reciprocal(op.Sqrt(square))
+
+
 VJPS = {
     "Add": broadcasting(passes, passes),
     "Sub": broadcasting(passes, negated),
     "Mul": broadcasting(lambda op, s: op.Mul(s.dy, s.input(1)), lambda op, s: op.Mul(s.dy, s.input(0))),
     "Div": broadcasting(lambda op, s: op.Div(s.dy, s.input(1)), div_b),
+    "Pow": broadcasting(pow_a, pow_b),
     "Sum": variadic(lambda op, s, index: s.dy, broadcast=True),
+    "Mean": variadic(lambda op, s, index: op.Div(s.dy, len(s.node.inputs)), broadcast=True),
     "Max": extreme("Greater"),
     "Min": extreme("Less"),
+    "Where": broadcasting(None, where_a, where_b),
     "Neg": inputs(negated),
     "Identity": inputs(passes),
     "Clip": inputs(passes),  # without a bound the identity; with one an activation
     "Dropout": inputs(dropout),
     "Cast": inputs(cast),
+    "CastLike": inputs(cast),
+    "Abs": unary(lambda op, x, y: op.Sign(x)),
+    "Exp": unary(lambda op, x, y: y),
+    "Log": unary(lambda op, x, y: op.Reciprocal(x)),
+    "Sqrt": unary(lambda op, x, y: op.Div(op.like(0.5, y), y)),
+    "Reciprocal": unary(lambda op, x, y: op.Neg(op.Mul(y, y))),
+    "Erf": unary(lambda op, x, y: op.Mul(op.Exp(op.Neg(op.Mul(x, x))), 2 / math.sqrt(math.pi))),
+    "Sin": unary(lambda op, x, y: op.Cos(x)),
+    "Cos": unary(lambda op, x, y: op.Neg(op.Sin(x))),
+    "Tan": unary(lambda op, x, y: op.Add(op.Mul(y, y), 1)),
+    "Asin": unary(lambda op, x, y: _root(op, op.Sub(op.like(1, x), op.Mul(x, x)))),
+    "Acos": unary(lambda op, x, y: op.Neg(_root(op, op.Sub(op.like(1, x), op.Mul(x, x))))),
+    "Atan": unary(lambda op, x, y: op.Reciprocal(op.Add(op.Mul(x, x), 1))),
+    "Sinh": unary(lambda op, x, y: op.Cosh(x)),
+    "Cosh": unary(lambda op, x, y: op.Sinh(x)),
+    "Asinh": unary(lambda op, x, y: _root(op, op.Add(op.Mul(x, x), 1))),
+    "Acosh": unary(lambda op, x, y: _root(op, op.Sub(op.Mul(x, x), 1))),
+    "Atanh": unary(lambda op, x, y: op.Reciprocal(op.Sub(op.like(1, x), op.Mul(x, x)))),
+    "Shrink": inputs(shrink),
 }

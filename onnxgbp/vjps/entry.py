@@ -47,7 +47,7 @@ def inputs(*rules: Vjp | None) -> Entry:
     return Entry(vjp)
 
 
-def broadcasting(*rules: Vjp) -> Entry:
+def broadcasting(*rules: Vjp | None) -> Entry:
     return dataclasses.replace(inputs(*rules), broadcasts=True)
 
 

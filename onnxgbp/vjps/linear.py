@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxgbp.broadcast import unbroadcast
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.step import Step
-from onnxgbp.vjps.entry import inputs
+from onnxgbp.vjps.entry import inputs, variadic
 from onnxgbp.window import window
 
 __all__ = ["VJPS"]
@@ -103,9 +103,29 @@ def _fold_batch(op: Emit, s: Step, gradient: ir.Value, index: int) -> ir.Value:
     return unbroadcast(op, gradient, batch + own[-2:], like)
 
 
+def einsum(op: Emit, s: Step, index: int) -> ir.Value:
+    """The gradient for one operand is an einsum of dy with the others; an index that it alone had is spread out."""
+    equation = str(s.argument("equation")).replace(" ", "")
+    left, arrow, result = equation.partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = sorted(letter for letter in set(left) - {","} if left.count(letter) == 1)
+        result = "".join(letters)
+    mine = terms[index]
+    if "." in equation or any(len(set(term)) != len(term) for term in [*terms, result]):
+        raise s.refuse(f"its equation '{equation}' has an ellipsis or a repeated index within one operand")
+    others = [term for i, term in enumerate(terms) if i != index]
+    operands = [s.input(i) for i in range(len(terms)) if i != index]
+    found = "".join(letter for letter in mine if letter in result or any(letter in term for term in others))
+    gradient = op.Einsum(s.dy, *operands, equation=f"{','.join([result, *others])}->{found}")
+    lonely = [axis for axis, letter in enumerate(mine) if letter not in found]
+    return op.Expand(op.Unsqueeze(gradient, axes=lonely), op.shape(s.input(index))) if lonely else gradient
+
+
 VJPS = {
     "Conv": inputs(conv_x),
     "ConvTranspose": inputs(conv_transpose_x),
+    "Einsum": variadic(einsum),
     "Gemm": inputs(gemm_a, gemm_b, gemm_c),
     "MatMul": inputs(matmul_a, matmul_b),
 }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from onnxgbp.broadcast import unbroadcast
 from onnxgbp.constants import constant_value
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.step import Step
-from onnxgbp.vjps.entry import inputs
+from onnxgbp.vjps.entry import Entry, inputs
 
 __all__ = ["VJPS"]
 
@@ -78,9 +79,98 @@ def log_softmax_x(op: Emit, s: Step) -> ir.Value:
     return op.Sub(s.dy, op.Mul(op.Exp(s.y), total))
 
 
+def standardised(
+    op: Emit, dxhat: ir.Value, x: ir.Value, axes: list[int], epsilon: float, *, centred: bool = True
+) -> tuple[ir.Value, ir.Value]:
+    """The gradient through xhat = (x - mean) / sqrt(var + epsilon) over some axes, and xhat itself.
+
+    dx = (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) / sqrt(var + epsilon); without centring both means of x are 0.
+    """
+
+    def mean(value: ir.Value) -> ir.Value:
+        return op.ReduceMean(value, axes=axes, keepdims=1)
+
+    deviation = op.Sub(x, mean(x)) if centred else x
+    spread = op.Sqrt(op.Add(mean(op.Mul(deviation, deviation)), epsilon))
+    xhat = op.Div(deviation, spread)
+    projected = op.Sub(dxhat, op.Mul(xhat, mean(op.Mul(dxhat, xhat))))
+    if centred:
+        projected = op.Sub(projected, mean(dxhat))
+    return op.Div(projected, spread), xhat
+
+
+def _trailing(s: Step) -> list[int]:
+    return list(range(s.axis(), s.rank()))
+
+
+def layer_norm(*, centred: bool) -> Entry:
+    """LayerNormalization, or uncentred RMSNormalization: y = xhat scale + bias over the axes from `axis` on."""
+
+    def dx(op: Emit, s: Step) -> ir.Value:
+        _only_first_output(s)
+        dxhat = op.Mul(s.dy, s.input(1))
+        return standardised(op, dxhat, s.x, _trailing(s), float(s.argument("epsilon")), centred=centred)[0]
+
+    def dscale(op: Emit, s: Step) -> ir.Value:
+        xhat = standardised(op, s.dy, s.x, _trailing(s), float(s.argument("epsilon")), centred=centred)[1]
+        return unbroadcast(op, op.Mul(s.dy, xhat), dims_of(s.y), s.input(1))
+
+    def dbias(op: Emit, s: Step) -> ir.Value:
+        return unbroadcast(op, s.dy, dims_of(s.y), s.input(2))
+
+    return inputs(dx, dscale, dbias) if centred else inputs(dx, dscale)
+
+
+def _only_first_output(s: Step) -> None:
+    if any(dy is not None for dy in s.dys[1:]):
+        raise s.refuse("its mean or deviation is read on the way to the explained tensor, for which there is no rule")
+
+
+def _per_channel(op: Emit, s: Step, value: ir.Value) -> ir.Value:
+    return op.Reshape(value, [-1] + [1] * (s.rank() - 2))
+
+
+def instance_norm_x(op: Emit, s: Step) -> ir.Value:
+    dxhat = op.Mul(s.dy, _per_channel(op, s, s.input(1)))
+    return standardised(op, dxhat, s.x, list(range(2, s.rank())), float(s.argument("epsilon")))[0]
+
+
+def group_norm_x(op: Emit, s: Step) -> ir.Value:
+    """Channels are folded into their groups; from opset 21 on the scale is one number per channel, before per group."""
+    groups = int(s.argument("num_groups"))
+    shape = op.int64([0, groups, -1])
+    scale = s.input(1)
+    if s.since >= 21:
+        dxhat = op.Reshape(op.Mul(s.dy, _per_channel(op, s, scale)), shape)
+    else:
+        dxhat = op.Mul(op.Reshape(s.dy, shape), op.Reshape(scale, [groups, 1]))
+    folded = op.Reshape(s.x, shape)
+    return op.reshape_like(standardised(op, dxhat, folded, [2], float(s.argument("epsilon")))[0], s.x)
+
+
+def mean_variance_norm_x(op: Emit, s: Step) -> ir.Value:
+    axes = sorted(axis % s.rank() for axis in s.ints("axes") or [0, 2, 3])
+    return standardised(op, s.dy, s.x, axes, 1e-18)[0]  # the standard adds 1e-9 to the deviation
+
+
+def lp_norm_x(op: Emit, s: Step) -> ir.Value:
+    """y = x / n with n the p-norm along an axis: dx = (dy - dn/dx sum(dy y)) / n."""
+    axis = [s.axis()]
+    total = op.ReduceSum(op.Mul(s.dy, s.y), axes=axis, keepdims=1)
+    if int(s.argument("p")) == 1:
+        return op.Div(op.Sub(s.dy, op.Mul(op.Sign(s.x), total)), op.ReduceL1(s.x, axes=axis, keepdims=1))
+    return op.Div(op.Sub(s.dy, op.Mul(s.y, total)), op.ReduceL2(s.x, axes=axis, keepdims=1))
+
+
 VJPS = {
     "BatchNormalization": inputs(batch_normalization_x),
+    "GroupNormalization": inputs(group_norm_x),
+    "InstanceNormalization": inputs(instance_norm_x),
     "LRN": inputs(lrn_x),
-    "Softmax": inputs(softmax_x),
+    "LayerNormalization": layer_norm(centred=True),
     "LogSoftmax": inputs(log_softmax_x),
+    "LpNormalization": inputs(lp_norm_x),
+    "MeanVarianceNormalization": inputs(mean_variance_norm_x),
+    "RMSNormalization": layer_norm(centred=False),
+    "Softmax": inputs(softmax_x),
 }

@@ -22,13 +22,44 @@ def average_pool_x(op: Emit, s: Step) -> ir.Value:
     return op.private("AveragePoolGrad", s.dy, s.x, s.y, like=s.x, window=window(s), count_include_pad=padded)
 
 
+def lp_pool_x(op: Emit, s: Step) -> ir.Value:
+    """y = (sum |x|^p)^(1/p), so dx = sign(x) |x|^(p-1) times the sum of dy y^(1-p) over the windows that hold x."""
+    p = int(s.argument("p"))
+    lost = op.is_zero(s.y)  # a window of zeros: no gradient
+    share = op.Div(s.dy, op.Pow(op.Where(lost, op.like(1, s.y), s.y), op.like(p - 1, s.y)))
+    share = op.typed(op.Where(lost, op.like(0, s.y), share), s.y)
+    spread = op.private("SumPoolGrad", share, s.x, like=s.x, window=window(s))
+    return op.Mul(spread, _lp_slope(op, s.x, p))
+
+
+def global_lp_pool_x(op: Emit, s: Step) -> ir.Value:
+    p = int(s.argument("p"))
+    lost = op.is_zero(s.y)
+    share = op.Div(s.dy, op.Pow(op.Where(lost, op.like(1, s.y), s.y), op.like(p - 1, s.y)))
+    return op.Mul(op.Where(lost, op.like(0, s.y), share), _lp_slope(op, s.x, p))
+
+
+def _lp_slope(op: Emit, x: ir.Value, p: int) -> ir.Value:
+    """sign(x) |x|^(p-1)."""
+    return x if p == 2 else op.Mul(op.Sign(x), op.Pow(op.Abs(x), op.like(p - 1, x)))
+
+
+def max_unpool_x(op: Emit, s: Step) -> ir.Value:
+    if s.has(2):
+        raise s.refuse("its output_shape is given, to which its indices do not refer")
+    return op.reshape_like(op.Gather(op.Reshape(s.dy, [-1]), op.Reshape(s.input(1), [-1]), axis=0), s.x)
+
+
 def _spatial(s: Step) -> list[int]:
     return list(range(2, s.rank()))
 
 
 VJPS = {
-    "MaxPool": inputs(max_pool_x),
     "AveragePool": inputs(average_pool_x),
     "GlobalAveragePool": inputs(lambda op, s: mean_over(op, s.dy, s.x, _spatial(s))),
+    "GlobalLpPool": inputs(global_lp_pool_x),
     "GlobalMaxPool": inputs(lambda op, s: pick_first(op, s.dy, s.x, _spatial(s), op.ArgMax)),
+    "LpPool": inputs(lp_pool_x),
+    "MaxPool": inputs(max_pool_x),
+    "MaxUnpool": inputs(max_unpool_x),
 }

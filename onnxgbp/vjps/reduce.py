@@ -92,9 +92,57 @@ def extreme(arg: str) -> Entry:
     return inputs(vjp)
 
 
+def scaled(factor: Callable[[Emit, ir.Value, ir.Value], ir.Value]) -> Entry:
+    """dx = dy f, with f written from x and y, where y and dy have 1 in the reduced axes."""
+
+    def vjp(op: Emit, s: Step) -> ir.Value:
+        return op.Mul(kept(op, s, s.dy), factor(op, s.x, kept(op, s, s.y)))
+
+    return inputs(vjp)
+
+
+def log_sum_x(op: Emit, s: Step) -> ir.Value:
+    """y = log sum x, so dx = dy / sum x = dy exp(-y)."""
+    return spread(op, op.Mul(kept(op, s, s.dy), op.Exp(op.Neg(kept(op, s, s.y)))), s.x, reduced_axes(s))
+
+
+def l2(op: Emit, x: ir.Value, y: ir.Value) -> ir.Value:
+    """x / y, and 0 for a vector of zeros."""
+    return op.Div(x, op.Where(op.is_zero(y), op.like(1, y), y))
+
+
+def product_x(op: Emit, s: Step) -> ir.Value:
+    """The product of the others: of all but x where none is 0, of the rest where x alone is 0, else 0."""
+    axes = reduced_axes(s)
+    zero = op.is_zero(s.x)
+    filled = op.Where(zero, op.like(1, s.x), s.x)
+    rest = op.ReduceProd(filled, axes=axes, keepdims=1)
+    zeros = op.ReduceSum(op.cast_like(zero, s.x), axes=axes, keepdims=1)
+    others = op.Where(zero, rest, op.Div(rest, filled))
+    alone = op.is_zero(op.Sub(zeros, op.cast_like(zero, s.x)))
+    return op.Mul(kept(op, s, s.dy), op.Where(alone, others, op.like(0, s.x)))
+
+
+def cumsum_x(op: Emit, s: Step) -> ir.Value:
+    reverse, exclusive = int(s.argument("reverse")), int(s.argument("exclusive"))
+    return op.CumSum(s.dy, s.input(1), reverse=1 - reverse, exclusive=exclusive)
+
+
+def top_k_x(op: Emit, s: Step) -> ir.Value:
+    return op.ScatterElements(op.zeros_like(s.x), s.node.outputs[1], s.dy, axis=s.axis())
+
+
 VJPS = {
-    "ReduceSum": inputs(sum_x),
-    "ReduceMean": inputs(mean_x),
+    "CumSum": inputs(cumsum_x),
+    "ReduceL1": scaled(lambda op, x, y: op.Sign(x)),
+    "ReduceL2": scaled(l2),
+    "ReduceLogSum": inputs(log_sum_x),
+    "ReduceLogSumExp": scaled(lambda op, x, y: op.Exp(op.Sub(x, y))),
     "ReduceMax": extreme("ArgMax"),
+    "ReduceMean": inputs(mean_x),
     "ReduceMin": extreme("ArgMin"),
+    "ReduceProd": inputs(product_x),
+    "ReduceSum": inputs(sum_x),
+    "ReduceSumSquare": scaled(lambda op, x, y: op.Mul(x, 2.0)),
+    "TopK": inputs(top_k_x),
 }

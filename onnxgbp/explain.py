@@ -1,0 +1,262 @@
+"""Photos in, a folder of pictures, arrays and a manifest out: what `onnxgbp explain` does."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from onnxgbp.errors import OnnxgbpError
+from onnxgbp.images import SUFFIXES, Preprocessing, read
+from onnxgbp.model import METADATA, output_file, write
+from onnxgbp.render import PERCENTILE, overlay, signed_picture
+from onnxgbp.runtime import Explainer, Explanation
+
+__all__ = ["DEFAULT_MODEL", "explain_images"]
+
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "squeezenet1_1.onnx"
+MANIFEST = "manifest.json"
+TOP = 5
+_MANY = 5  # images from which on a progress bar is drawn
+
+
+def explain_images(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    echo: Callable[[str], Any],
+    target: int | None = None,
+    method: str | None = None,
+    output: str | None = None,
+    unit: str | int | Sequence[int] | None = None,
+    wrt: Sequence[str] = (),
+    rule: Sequence[str | tuple[str, str]] = (),
+    activations: str | Sequence[str] | None = None,
+    provider: str = "auto",
+    **preprocessing: Any,
+) -> list[Path]:
+    """Explains each image and writes, for each, `<stem>.attribution.png`, `<stem>.overlay.png` and
+    `<stem>.attribution.npy` (raw and signed, the shape of the model's input without the batch); last `manifest.json`,
+    whose presence means that the folder is complete.
+
+    Args:
+        paths: the model, if the first ends in .onnx (else the bundled SqueezeNet); then images, or folders of them.
+        out: the folder, made where it is missing.
+        echo: called with each line for the user.
+        target: the class to explain; None for the strongest of each image.
+        method, output, unit, wrt, rule, activations, provider: as for `Explainer`.
+        preprocessing: size, crop, channels, scale, mean, std, layout, each overriding what the model's metadata says.
+    Returns:
+        The images that could not be explained: each was reported on stderr, the others are done.
+    Raises:
+        OnnxgbpError: no image, the model or an option cannot be used, or the folder cannot be written.
+    """
+    model, images = _model_and_images(paths)
+    explainer = Explainer(
+        model, method=method, provider=provider, output=output, unit=unit, wrt=wrt, rule=rule, activations=activations
+    )
+    if len(explainer.inputs) != 1 or len(explainer.wrt) != 1:
+        inputs = ", ".join(f"'{spec.name}'" for spec in explainer.inputs)
+        raise OnnxgbpError(f"pictures are drawn for one image input; this one takes {inputs}: use onnxgbp.Explainer")
+    prepared = Preprocessing.of(explainer.metadata, explainer.inputs[0], **preprocessing)
+    explainer.check_target(target)
+    labels = _labels(explainer)
+    _make_folder(out)
+
+    echo(_headline(explainer))
+    echo(f"input: {prepared}")
+    if prepared.assumed:
+        echo(f"the model does not say how to prepare an image; assumed {', '.join(prepared.assumed)}")
+    entries: list[dict[str, Any]] = []
+    failed: list[Path] = []
+    with _progress(images, echo) as (steps, say):
+        for path, stem in zip(steps, _stems(images), strict=True):
+            try:
+                photo = read(path)
+                x = prepared.prepare(photo)[np.newaxis]
+                result = explainer(x, target)
+                entry, pictures, attribution = _explained(explainer, prepared, photo, result, labels)
+            except OnnxgbpError as error:
+                said = str(error)
+                said = said if said.startswith(f"cannot read {path}") else f"{path}: {said}"
+                click.echo(f"Error: {said}", err=True)
+                failed.append(path)
+                entries.append({"file": str(path), "error": said})
+                continue
+            files = {kind: f"{stem}.{kind}.png" for kind in pictures} | {"array": f"{stem}.attribution.npy"}
+            for kind, picture in pictures.items():
+                with output_file(out / files[kind]) as aside:
+                    picture.save(aside, "PNG")
+            with output_file(out / files["array"]) as aside, aside.open("wb") as stream:
+                np.save(stream, attribution, allow_pickle=False)
+            entries.append({"file": str(path), **entry, "files": files, "error": None})
+            for line in _lines(path, entries[-1]):
+                say(line)
+    manifest = {
+        "onnxgbp": importlib.metadata.version("onnxgbp"),
+        "model": str(model),
+        "sha256": explainer.sha256,
+        "provider": explainer.provider,
+        "options": {
+            key.removeprefix(METADATA): value
+            for key, value in sorted(explainer.metadata.items())
+            if key.startswith(METADATA) and key not in _NOT_OPTIONS
+        },
+        "preprocessing": prepared.to_dict(),
+        "percentile": PERCENTILE,
+        "images": entries,
+    }
+    text = json.dumps(_json_numbers(manifest), indent=2, ensure_ascii=False, allow_nan=False)
+    write(out / MANIFEST, (text + "\n").encode())
+    return failed
+
+
+_NOT_OPTIONS = {METADATA + name for name in ("labels", "preprocessing", "sha256", "version")}
+
+
+def _model_and_images(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
+    given = bool(paths) and paths[0].suffix.lower() == ".onnx"
+    model, *rest = paths if given else (DEFAULT_MODEL, *paths)
+    images: list[Path] = []
+    for path in rest:
+        if not path.is_dir():
+            images.append(path)
+            continue
+        try:
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        except OSError as error:
+            raise OnnxgbpError(f"cannot read {path}: {error.strerror}") from None
+        if not inside:
+            raise OnnxgbpError(f"no image in the folder {path}: looked for {', '.join(sorted(SUFFIXES))}")
+        images += inside
+    if not images:
+        raise OnnxgbpError("no image given: name at least one, or a folder of them")
+    if not given and not model.is_file():
+        raise OnnxgbpError(
+            "the bundled network is not there: build it with tools/build_squeezenet.py (tools/demo does so), "
+            "or name a model: onnxgbp explain MODEL.onnx IMAGE..."
+        )
+    return model, images
+
+
+def _make_folder(out: Path) -> None:
+    """The folder, and no manifest of an earlier run in it: its presence says that this run is complete."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MANIFEST).unlink(missing_ok=True)
+    except OSError as error:
+        raise OnnxgbpError(f"cannot write {out}: {error.strerror or error}") from None
+    with output_file(out / f"{MANIFEST}.tmp"):  # found out before the first image, not after it
+        pass
+    (out / f"{MANIFEST}.tmp").unlink(missing_ok=True)
+
+
+def _labels(explainer: Explainer) -> list[str]:
+    text = explainer.metadata.get(METADATA + "labels", "[]")
+    try:
+        labels = json.loads(text)
+    except json.JSONDecodeError:
+        labels = None
+    if not isinstance(labels, list):
+        raise OnnxgbpError(f"the model's metadata '{METADATA}labels' is no JSON list of class names")
+    return [str(label) for label in labels]
+
+
+def _stems(images: Sequence[Path]) -> list[str]:
+    """A name for each image's files: its own stem, with a number where another image has it already."""
+    taken: set[str] = set()
+    own = {path.stem.casefold() for path in images}  # a number must not make another image's name
+    stems = []
+    for path in images:
+        stem, count = path.stem, 1
+        while stem.casefold() in taken or (count > 1 and stem.casefold() in own):
+            count += 1
+            stem = f"{path.stem}-{count}"
+        taken.add(stem.casefold())  # some file systems hold Cat and cat to be one
+        stems.append(stem)
+    return stems
+
+
+@contextlib.contextmanager
+def _progress(images: list[Path], echo: Callable[[str], Any]) -> Iterator[tuple[Iterator[Path], Callable[[str], Any]]]:
+    """The images, with a bar where they are many and someone watches; lines are held back then, not to break it."""
+    if len(images) < _MANY or not sys.stderr.isatty():
+        yield iter(images), echo
+        return
+    held: list[str] = []
+    with click.progressbar(images, label="explaining", file=sys.stderr, show_pos=True) as bar:
+        yield iter(bar), held.append
+    for line in held:
+        echo(line)
+
+
+def _explained(
+    explainer: Explainer, prepared: Preprocessing, photo: Image.Image, result: Explanation, labels: list[str]
+) -> tuple[dict[str, Any], dict[str, Image.Image], npt.NDArray[Any]]:
+    """What the manifest says of one image, its pictures, and the raw attribution without the batch axis."""
+    assert not isinstance(result.attribution, dict)  # one wrt only
+    attribution = result.attribution[0]
+    own = explainer.wrt[0] == explainer.inputs[0].name
+    layout, channels = (prepared.layout, prepared.channels) if own else ("nchw", "")
+    signed = signed_picture(attribution, layout=layout, channels=channels)
+    laid = overlay(attribution, prepared.cropped(photo), layout=layout)
+    chosen = int(result.target[0])
+    unit = METADATA + "unit" in explainer.metadata
+    scores = result.scores[0] if result.scores.ndim > 1 else result.scores
+    scores = np.ravel(scores) if scores.size == max(scores.shape, default=1) else np.empty(0)  # a map has no classes
+    top = [
+        {"class": int(index), "label": _label(labels, int(index)), "score": float(scores[index])}
+        for index in np.argsort(-scores, kind="stable")[:TOP]
+    ]
+    entry = {
+        "target": chosen,
+        "label": None if unit else _label(labels, chosen),
+        "score": None if unit or chosen >= len(scores) else float(scores[chosen]),
+        "top": top,
+        "clip": signed.clip,
+        "overlay_clip": laid.clip,
+        "warning": signed.warning or None,
+    }
+    return entry, {"attribution": signed.image, "overlay": laid.image}, attribution
+
+
+def _label(labels: list[str], index: int) -> str | None:
+    return labels[index] if 0 <= index < len(labels) else None
+
+
+def _headline(explainer: Explainer) -> str:
+    said = {key.removeprefix(METADATA): value for key, value in explainer.metadata.items()}
+    unit = f" (unit {said['unit']})" if "unit" in said else ""
+    behind = f"; {said['stripped']}" if "stripped" in said else ""
+    rules = [rule for rule in json.loads(said["rules"]) if rule != f"*={said['method']}"]
+    mixed = f", with {', '.join(rules)}" if rules else ""
+    return f"{explainer.name}: {said['method']}{mixed} of '{said['explained']}'{unit} on {explainer.provider}{behind}"
+
+
+def _lines(path: Path, entry: dict[str, Any]) -> Iterator[str]:
+    yield str(path)
+    for row in entry["top"]:
+        yield f"  {row['score']:10.4g}  {row['class']} {row['label'] or ''}".rstrip()
+    yield f"  explained: {entry['target']} {entry['label'] or ''}".rstrip()
+    yield f"  clip: {entry['clip']:.4g} ({PERCENTILE:g}th percentile of |attribution|)"
+    if entry["warning"]:
+        yield f"  warning: {entry['warning']}"
+
+
+def _json_numbers(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _json_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_numbers(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,276 @@
+"""Photos -> what the model takes: read, resize, crop, scale, normalise, lay out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from onnxgbp.errors import OnnxgbpError
+from onnxgbp.model import METADATA
+from onnxgbp.runtime import InputSpec
+
+__all__ = ["SUFFIXES", "Preprocessing", "read"]
+
+SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+
+_CHANNELS = {"rgb": 3, "bgr": 3, "grey": 1}
+_LAYOUTS = ("nchw", "nhwc")
+_WIDEST = 8  # a longer side of more than this many shorter ones is trimmed before it is resized
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How a photo becomes the model's input, in this order.
+
+    size: the shorter side is resized to it (bilinear, smoothed when shrinking); None leaves it as it is.
+    crop: (height, width) cut out of the centre; None leaves the photo whole.
+    channels: rgb, bgr or grey; scale: what the pixel values 0 to 255 are multiplied by; mean, std: then subtracted and
+    divided by, in the order of `channels`; layout: nchw or nhwc.
+    """
+
+    size: int | None = None
+    crop: tuple[int, int] | None = None
+    channels: str = "rgb"
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    layout: str = "nchw"
+    assumed: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # what neither metadata nor options said
+
+    def __post_init__(self) -> None:
+        if self.channels not in _CHANNELS:
+            raise OnnxgbpError(f"channels '{self.channels}' are none of {', '.join(_CHANNELS)}")
+        if self.layout not in _LAYOUTS:
+            raise OnnxgbpError(f"layout '{self.layout}' is none of {', '.join(_LAYOUTS)}")
+        if self.size is not None and self.size < 1:
+            raise OnnxgbpError(f"size {self.size} is not a number of pixels")
+        if self.crop is not None and min(self.crop) < 1:
+            raise OnnxgbpError(f"crop {self.crop} is not a number of pixels")
+        count = _CHANNELS[self.channels]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, count):
+                raise OnnxgbpError(f"{name} has {len(values)} values for {count} channel{'s' if count > 1 else ''}")
+        if not all(math.isfinite(value) for value in (self.scale, *self.mean, *self.std)) or 0 in (
+            self.scale,
+            *self.std,
+        ):
+            raise OnnxgbpError("scale, mean and std must be finite numbers, scale and std not 0")
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str], spec: InputSpec, **overrides: Any) -> Preprocessing:
+        """What the model's metadata says (`onnxgbp.preprocessing`, a JSON object with the names of the fields above),
+        with the overrides that are not None.
+
+        Without metadata: layout, channels and crop from the input's shape, size the shorter side of that crop (so that
+        nothing but the overhang of the longer side is lost), pixels scaled to 0..1, no mean, no std. `assumed` says so.
+
+        Raises:
+            OnnxgbpError: malformed metadata or options, an input that is no picture, or a crop that is not its size.
+        """
+        said = _from_metadata(metadata)
+        given = {name: value for name, value in overrides.items() if value is not None}
+        shape = _Shape.of(spec, given.get("layout", said.get("layout")))
+        values = {**shape.assumptions(), **said, **given}
+        fields: dict[str, Any] = {name: _FIELDS[name](name, value) for name, value in values.items()}
+        if fields.get("crop") and "size" not in {**said, **given}:
+            fields["size"] = min(fields["crop"])
+            if fields["crop"][0] != fields["crop"][1]:
+                fields["size"] = max(fields["crop"])  # either way round, the crop must fit in
+        assumed = tuple(
+            name for name in _FIELDS if name not in said and name not in given and fields.get(name) is not None
+        )
+        result = cls(**fields, assumed=assumed)
+        shape.check(result, spec)
+        return result
+
+    def cropped(self, image: Image.Image) -> Image.Image:
+        """The photo as the model sees it: uint8, RGB.
+
+        Raises:
+            OnnxgbpError: the photo is smaller than the crop.
+        """
+        if self.size is not None:
+            image = _resized(image, self.size)
+        if self.crop is not None:
+            height, width = self.crop
+            if image.width < width or image.height < height:
+                raise OnnxgbpError(
+                    f"the picture is {image.width} x {image.height}, smaller than the crop {width} x {height}: "
+                    "choose a larger --size"
+                )
+            left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+            image = image.crop((left, top, left + width, top + height))
+        return image
+
+    def prepare(self, image: Image.Image) -> npt.NDArray[np.float32]:
+        """The model's input for one photo (RGB, from `read`): float32 [C, H, W] or, for nhwc, [H, W, C].
+
+        Raises:
+            OnnxgbpError: the photo is smaller than the crop.
+        """
+        image = self.cropped(image)
+        if self.channels == "grey":
+            pixels = np.asarray(image.convert("L"), np.float32)[..., np.newaxis]
+        else:
+            pixels = np.asarray(image, np.float32)
+        if self.channels == "bgr":
+            pixels = pixels[..., ::-1]
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        pixels = (pixels * np.float32(self.scale) - mean) / std
+        return np.ascontiguousarray(pixels if self.layout == "nhwc" else pixels.transpose(2, 0, 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON holds them, for a manifest or for metadata."""
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    def __str__(self) -> str:
+        parts = [] if self.size is None else [f"shorter side {self.size}"]
+        parts += [] if self.crop is None else [f"crop {self.crop[0]} x {self.crop[1]}"]
+        parts += [self.channels, f"scale {self.scale:.6g}"]
+        parts += [f"{name} {','.join(f'{v:g}' for v in getattr(self, name))}" for name in ("mean", "std")]
+        return ", ".join([*parts, self.layout])
+
+
+def read(path: Path) -> Image.Image:
+    """A photo as uint8 RGB, turned upright as its EXIF data says, transparency laid on white, 16 bits made 8.
+
+    Raises:
+        OnnxgbpError: not there, not an image, cut off, or too large.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise OnnxgbpError(f"cannot read {path}: not an image, or of an unknown kind") from None
+    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise many kinds for a damaged file
+        said = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
+        raise OnnxgbpError(f"cannot read {path}: {said}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What an input's shape tells of the pictures it takes."""
+
+    layout: str
+    channels: int | None
+    height: int | None
+    width: int | None
+
+    @classmethod
+    def of(cls, spec: InputSpec, layout: Any) -> _Shape:
+        dims = [dim if isinstance(dim, int) and dim > 0 else None for dim in spec.shape]
+        shape = ", ".join(str(dim or "?") for dim in spec.shape)
+        if len(dims) != 4:
+            raise OnnxgbpError(f"{spec} of shape [{shape}] takes no pictures: use onnxgbp.Explainer on arrays")
+        if layout not in _LAYOUTS:
+            # Three or one at the end, and not at the front, can only be channels there.
+            layout = "nhwc" if dims[3] in (1, 3) and dims[1] not in (1, 3) else "nchw"
+        channels, height, width = dims[1:] if layout == "nchw" else (dims[3], dims[1], dims[2])
+        if channels not in (None, 1, 3):
+            raise OnnxgbpError(
+                f"{spec} of shape [{shape}] has {channels} channels as {layout}, where a picture has 1 or 3: "
+                "use onnxgbp.Explainer on arrays, or give --layout"
+            )
+        return cls(layout, channels, height, width)
+
+    def assumptions(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"channels": "grey" if self.channels == 1 else "rgb", "scale": 1 / 255}
+        values |= {"mean": (0.0,), "std": (1.0,), "layout": self.layout}
+        return values | ({"crop": (self.height, self.width)} if self.height and self.width else {})
+
+    def check(self, chosen: Preprocessing, spec: InputSpec) -> None:
+        if self.channels is not None and self.channels != _CHANNELS[chosen.channels]:
+            raise OnnxgbpError(f"{spec} has {self.channels} channels, but channels are '{chosen.channels}'")
+        if chosen.crop is None:
+            return
+        height, width = chosen.crop
+        if (self.height or height, self.width or width) != (height, width):
+            raise OnnxgbpError(f"{spec} takes {self.height} x {self.width} pixels, but the crop is {height} x {width}")
+        if chosen.size is not None and chosen.size < min(height, width):
+            raise OnnxgbpError(
+                f"size {chosen.size} is smaller than the crop {height} x {width}: choose a larger --size"
+            )
+
+
+def _from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = metadata.get(METADATA + "preprocessing")
+    if text is None:
+        return {}
+    try:
+        said = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise OnnxgbpError(f"the model's metadata '{METADATA}preprocessing' is no JSON: {error.msg}") from None
+    if not isinstance(said, dict):
+        raise OnnxgbpError(f"the model's metadata '{METADATA}preprocessing' is no JSON object")
+    if unknown := [name for name in said if name not in _FIELDS]:
+        raise OnnxgbpError(f"the model's metadata '{METADATA}preprocessing' has an unknown entry '{unknown[0]}'")
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OnnxgbpError(f"{name} '{value}' is no integer")
+    return value
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    pair = [value, value] if isinstance(value, int) else value
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        raise OnnxgbpError(f"{name} '{value}' is neither an integer nor a height and a width")
+    return _int(name, pair[0]), _int(name, pair[1])
+
+
+def _float(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise OnnxgbpError(f"{name} '{value}' is no number") from None
+
+
+def _floats(name: str, value: Any) -> tuple[float, ...]:
+    """Numbers from a list, from one number, or from text such as 0.485,0.456,0.406."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
+    return tuple(_float(name, part) for part in parts)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise OnnxgbpError(f"{name} '{value}' is no text")
+    return value
+
+
+_FIELDS = {
+    "size": _int,
+    "crop": _pair,
+    "channels": _text,
+    "scale": _float,
+    "mean": _floats,
+    "std": _floats,
+    "layout": _text,
+}
+
+
+def _resized(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side becomes `size`."""
+    shorter = min(image.size)
+    if max(image.size) > _WIDEST * shorter:  # a sliver would be blown up to a picture of gigabytes
+        width, height = (min(side, _WIDEST * shorter) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    width, height = (size if side == shorter else round(side * size / shorter) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
