@@ -54,10 +54,18 @@ def explain_images(
         out: the folder, made where it is missing.
         echo: called with each line for the user.
         target: the class to explain; None for the strongest of each image.
-        method, output, unit, wrt, rule, activations, provider: as for `Explainer`.
-        preprocessing: size, crop, channels, scale, mean, std, layout, each overriding what the model's metadata says.
+        method: as for `Explainer`.
+        output: as for `Explainer`.
+        unit: as for `Explainer`; excludes a target.
+        wrt: as for `Explainer`, but one tensor of the form [N, C, H, W].
+        rule: as for `Explainer`.
+        activations: as for `Explainer`.
+        provider: as for `Explainer`.
+        **preprocessing: size, crop, channels, scale, mean, std, layout, each overriding what the model's metadata says.
+
     Returns:
         The images that could not be explained: each was reported on stderr, the others are done.
+
     Raises:
         OnnxgbpError: no image, the model or an option cannot be used, or the folder cannot be written.
     """
@@ -204,8 +212,7 @@ def _explained(
     explainer: Explainer, prepared: Preprocessing, photo: Image.Image, result: Explanation, labels: list[str]
 ) -> tuple[dict[str, Any], dict[str, Image.Image], npt.NDArray[Any]]:
     """What the manifest says of one image, its pictures, and the raw attribution without the batch axis."""
-    assert not isinstance(result.attribution, dict)  # one wrt only
-    attribution = result.attribution[0]
+    attribution: npt.NDArray[Any] = result.attribution[0]
     own = explainer.wrt[0] == explainer.inputs[0].name
     layout, channels = (prepared.layout, prepared.channels) if own else ("nchw", "")
     signed = signed_picture(attribution, layout=layout, channels=channels)

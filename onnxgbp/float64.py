@@ -2,7 +2,9 @@
 
 The proof of an attribution needs more digits than float32 has, and no runtime's CPU provider computes a convolution in
 float64. The reference evaluator does, but loops over single elements in Python. The kernels below take its place for
-the operators where that hurts: each walks over the few positions of its kernel and leaves the rest to numpy.
+the operators where that hurts: each walks over the few positions of its kernel and leaves the rest to numpy. Three
+more stand here because onnx's own are no reference: Erf, and Gelu with it, answer in float32 only; BatchNormalization
+before opset 14 normalises by the batch itself wherever the file has a `momentum`, as most have.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def to_float64(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     """The reference evaluator of onnx with vectorised kernels for the operators that it runs element by element."""
-    return ReferenceEvaluator(model, new_ops=[Conv, ConvTranspose, MaxPool, AveragePool, ScatterElements])
+    return ReferenceEvaluator(model, new_ops=_KERNELS)
 
 
 def _widen_graph(graph: onnx.GraphProto) -> None:
@@ -298,3 +300,43 @@ class ScatterElements(_ScatterElements):
             return (added,)
         scattered: tuple[Array] = super()._run(data, indices, updates, axis=axis, reduction=reduction)  # type: ignore[no-untyped-call]
         return scattered
+
+
+class Erf(OpRun):
+    op_domain = ""
+
+    def _run(self, x: Array) -> tuple[Array]:
+        return (np.vectorize(math.erf, otypes=[x.dtype])(x),)
+
+
+class Gelu(OpRun):
+    op_domain = ""
+
+    def _run(self, x: Array, approximate: str | None = None) -> tuple[Array]:
+        if approximate == "tanh":
+            return (x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,)
+        return (x * (1 + np.vectorize(math.erf, otypes=[x.dtype])(x * math.sqrt(0.5))) / 2,)
+
+
+class BatchNormalization(OpRun):
+    op_domain = ""
+
+    def _run(
+        self,
+        x: Array,
+        scale: Array,
+        bias: Array,
+        mean: Array,
+        var: Array,
+        epsilon: float | None = None,
+        momentum: float | None = None,  # noqa: ARG002 - of training
+        training_mode: int | None = None,
+        spatial: int | None = None,  # noqa: ARG002 - 0 was never written by an exporter
+    ) -> tuple[Array]:
+        if training_mode:
+            raise NotImplementedError("BatchNormalization in training mode")
+        scale, bias, mean, var = (a.reshape(1, -1, *[1] * (x.ndim - 2)) for a in (scale, bias, mean, var))
+        return (scale * (x - mean) / np.sqrt(var + (1e-5 if epsilon is None else epsilon)) + bias,)
+
+
+_KERNELS = [AveragePool, BatchNormalization, Conv, ConvTranspose, Erf, Gelu, MaxPool, ScatterElements]

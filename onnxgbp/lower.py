@@ -136,7 +136,7 @@ def max_pool_portable(op: Emit, node: ir.Node) -> ir.Value:
     """
     dy, x, y = _operands(node)
     geometry: Window = node.meta["window"]
-    rows = _rows(op, _padded(op, x, y, geometry, op.like(np.finfo(_float(x)).min, x)), geometry)
+    rows = _rows(op, _padded(op, x, y, geometry, op.like(_lowest(x), x)), geometry)
     elements = int(np.prod(geometry.kernel))
     one_hot = op.like(np.eye(elements).reshape(elements, 1, *geometry.kernel), x)
     windows = op.Conv(rows, one_hot, strides=geometry.strides, dilations=geometry.dilations)
@@ -190,9 +190,10 @@ def _window_counts(op: Emit, x: ir.Value, y: ir.Value, geometry: Window, include
     )
 
 
-def _float(x: ir.Value) -> Any:
+def _lowest(x: ir.Value) -> float:
+    """The lowest number of x's type, or of float32, which Pad's attribute is before opset 11."""
     assert x.dtype is not None  # every value has its type before a rule sees it
-    return x.dtype.numpy()
+    return max(float(x.dtype.min), float(np.finfo(np.float32).min))
 
 
 def _rows(op: Emit, value: ir.Value, geometry: Window) -> ir.Value:

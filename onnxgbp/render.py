@@ -1,4 +1,4 @@
-"""Arrays -> pictures. The raw attribution is signed; in its picture zero is one neutral colour and the scale symmetric."""
+"""Arrays -> pictures. The raw attribution is signed: zero is one neutral colour, and the scale symmetric."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def signed_picture(
         layout: nchw or nhwc.
         channels: rgb or bgr, the order of three channels; anything else for other numbers of them.
         percentile: of |value|, the value that is shown in full colour; what is beyond is cut off.
+
     Raises:
         OnnxgbpError: the array has not three axes.
     """
@@ -86,6 +87,7 @@ def overlay(attribution: Map, photo: Image.Image, *, layout: str = "nchw", perce
         photo: RGB; its size is the picture's.
         layout: nchw or nhwc.
         percentile: of the blurred magnitude, as for `signed_picture`; `clip` is that magnitude.
+
     Raises:
         OnnxgbpError: the array has not three axes.
     """

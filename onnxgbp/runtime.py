@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -89,7 +90,7 @@ class Explanation:
     outputs: every output of the model by name.
     """
 
-    attribution: Array | dict[str, Array]
+    attribution: Any  # an array nearly always: no caller should have to tell a type checker so
     scores: Array
     target: npt.NDArray[np.int64]
     outputs: dict[str, Any]
@@ -107,10 +108,11 @@ class Explainer:
 
     Args:
         model: a path or a `ModelProto`: a classifier, or a file that `convert` wrote, which is run as it is.
-        method, output, unit, wrt, rule, activations, profile: as for `convert`; for a converted file only what it was
-            converted with is accepted. `unit` fixes the target.
+        method: as for `convert` (None: guided), like output, unit, wrt, rule, activations and profile. For a converted
+            file each may only repeat what it was converted with. `unit` fixes the target.
         provider: auto (CUDA where it really works, else the CPU), cpu, or cuda (CUDA or an error).
         threads: threads within one operator; None leaves it to ONNX Runtime.
+
     Raises:
         OnnxgbpError: the model or an option cannot be used, no ONNX Runtime or two of them are installed, or CUDA was
             asked for and does not work.
@@ -200,6 +202,7 @@ class Explainer:
                 Floats are cast to the model's float type, lists of numbers to its type; an array of integers is not
                 made into floats (it is usually a picture that still has to be scaled), so cast it yourself.
             target: a class for all samples, one per sample, or None for the strongest of each sample.
+
         Raises:
             OnnxgbpError: an input of a wrong name, shape or type, a target that is out of range or of a wrong length,
                 or the runtime fails.
@@ -471,7 +474,8 @@ def _session(proto: onnx.ModelProto, source: Source, provider: str, threads: int
 
 def _cuda_session(runtime: Any, data: bytes, options: Any, source: Source) -> tuple[Any, str]:
     """A session that really is on CUDA, or None and the reason. One that is not falls back to the CPU unasked."""
-    with contextlib.suppress(Exception):  # the libraries may also be found without it; the session decides
+    # The libraries may also be found without it: the session decides, and what this prints of its failures is not ours.
+    with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
         if hasattr(runtime, "preload_dlls"):
             runtime.preload_dlls()
     # TF32 keeps 10 bits of mantissa: enough to flip ReLU decisions and with them whole pixels of the map.

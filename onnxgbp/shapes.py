@@ -56,6 +56,10 @@ def infer_shapes(model: ir.Model) -> None:
         value.shape = _merge(one, two, symbols)
 
 
+# Operators for which onnx infers no shape: theirs is that of the first input.
+_UNKNOWN_TO_ONNX = frozenset({"MeanVarianceNormalization"})
+
+
 @dataclasses.dataclass
 class _Node:
     """A node with its schema, serialised once for all probes."""
@@ -130,6 +134,8 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> Ty
         except Exception:  # noqa: BLE001, S112 - inference raises many kinds; the tensors behind the node are then not known
             continue
         types.update(outputs)
+        if entry.node.op_type in _UNKNOWN_TO_ONNX and entry.proto.output[0] not in types:
+            types[entry.proto.output[0]] = types[inputs[0]]
         _compute(entry, types, known)
     return types
 

@@ -37,14 +37,15 @@ _FACTS = ("version", "method", "rules", "activations", "target", "explained", "w
 _FORWARD = 1e-5
 # Two conversions of one model are the same graph: no flipped ReLU decides here, as it does between precisions.
 _COSINE, _MEDIAN = 1e-4, 1e-4  # 1 - cosine; the median of the relative error, where rounding to bfloat16 gives 1e-3
-# float64: the constants of the gradient are written in float32. float32: differences lose half of the digits, and with
-# the larger step that this asks for, many a ReLU switches on the way.
+# float64: the step is small enough that hardly a ReLU switches within it, and large enough to leave seven digits.
+# float32: differences lose half of the digits, and within the larger step that this asks for, many a ReLU switches.
 _DIFFERENCE = {"float64": 1e-4, "float32": 5e-2}
-_STEP = {"float64": 1e-6, "float32": 1e-3}  # in units of the input's root mean square
+_STEP = {"float64": 1e-8, "float32": 1e-3}  # in units of the input's root mean square
 _RUNTIME = 1e-3  # 1 - cosine: single ReLU decisions differ between float32 and float64
 _DIRECTIONS = 3  # random ones, besides the gradient's own
 _AFFORDABLE = 1e12  # multiplications: about two minutes on one core
-_SIZES = (32, 64, 224, 8, 299)  # tried in this order for free dims other than the batch
+_SIZES = (32, 28, 64, 30, 224, 8, 299)  # tried in this order for free dims other than the batch
+_CHANNELS = (3, 1)  # and for axis 1 of a batch of images
 _SCALES = (1.0, 16.0, 256.0)  # of the random input: a small one can leave a network dead
 _QUANTISED = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"})
 
@@ -222,7 +223,7 @@ class _Verification:
         fresh = self.record.convert(str(self.source_path))
         if _opset(self.proto) > _opset(fresh) or self.proto.ir_version > fresh.ir_version:
             raise _Failed(
-                f"opset {_opset(self.proto)} and IR {self.proto.ir_version} are above the source's {opset} and {version}"
+                f"opset {_opset(self.proto)}, IR {self.proto.ir_version} are above the source's {opset}, {version}"
             )
         return f", raised from opset {opset} and IR {version}, since the gradient needs it"
 
@@ -326,7 +327,7 @@ class _Verification:
 
     def _directions(self, gradient: onnx.ModelProto, kind: str) -> list[float]:
         feeds = self._cast(self._with_extra(self.feeds), kind)
-        found = self._engine(gradient, kind)(feeds)
+        found = self._engine(_extract(gradient, self._types, list(self.record.results)), kind)(feeds)
         errors = []
         for result, name in self.record.results.items():
             cut = _extract(self.forward, self._types, [self.record.said["explained"]], stop={name})
@@ -449,20 +450,21 @@ class _Verification:
         return [value for value in self.forward.graph.input if value.name not in constants]
 
     @functools.cached_property
-    def free_size(self) -> int:
-        """A size for free dims other than the batch, with which the model runs."""
+    def free_sizes(self) -> tuple[int, int]:
+        """Channels, and any other free dim that is not the batch, with which the model runs."""
+        choices = [(channels, size) for size in _SIZES for channels in _CHANNELS]
         if not any(_is_free(value, axis) for value in self._fed for axis in range(1, _rank(value))):
-            return _SIZES[0]
-        for size in _SIZES:
+            return choices[0]
+        for sizes in choices:
             try:
-                _session(self.forward)(_random_inputs(self._fed, 1, size, 1.0))
-            except Exception:  # noqa: BLE001, PERF203, S112 - too small for its strides, say: the next size is tried
+                _session(self.forward)(_random_inputs(self._fed, 1, sizes, 1.0))
+            except Exception:  # noqa: BLE001, S112 - too small for its strides, say: the next is tried
                 continue
-            return size
+            return sizes
         raise _Failed(f"the model runs with none of the sizes {', '.join(map(str, _SIZES))} for its free dims")
 
     def inputs(self, batch: int | None, scale: float = 1.0) -> Arrays:
-        return _random_inputs(self._fed, batch or 2, self.free_size, scale)
+        return _random_inputs(self._fed, batch or 2, self.free_sizes, scale)
 
     @functools.cached_property
     def feeds(self) -> Arrays:
@@ -506,7 +508,7 @@ class _Verification:
         if target == "seed":
             seed = self._with_extra(self.feeds)["seed"]
             return seed.reshape(len(seed), -1).argmax(1) if seed.ndim > 1 else np.full(len(seed), -1)
-        strongest = explained.reshape(len(explained), -1).argmax(1)
+        strongest: Array = explained.reshape(len(explained), -1).argmax(1)
         if target == "argmax":
             return strongest
         given = self._with_extra(self.feeds)["target"] if target == "input" else np.full(len(explained), int(target))
@@ -537,7 +539,7 @@ class _Verification:
                 continue
             transposed = node.op_type == "ConvTranspose"
             shapes = [value.shape for value in (weight, node.inputs[0] if transposed else node.outputs[0]) if value]
-            sizes = [[dim if isinstance(dim, int) else self.free_size for dim in shape or ()] for shape in shapes]
+            sizes = [[dim if isinstance(dim, int) else self.free_sizes[1] for dim in shape or ()] for shape in shapes]
             along = sizes[1][2:] if "Conv" in node.op_type else sizes[1][1:-1]
             total += batch * float(numel(sizes[0]) or 0) * float(numel(along) or 0)
         # The sum holds one forward and one backward pass, and each direction takes two forward passes.
@@ -593,15 +595,15 @@ def _reference(model: onnx.ModelProto) -> Run:
     return run
 
 
-def _random_inputs(values: Sequence[onnx.ValueInfoProto], batch: int, size: int, scale: float) -> Arrays:
+def _random_inputs(values: Sequence[onnx.ValueInfoProto], batch: int, sizes: tuple[int, int], scale: float) -> Arrays:
     """Seeded inputs: normal for floats, small numbers for token ids, ones for masks."""
     batches = {value.type.tensor_type.shape.dim[0].dim_param for value in values if _is_free(value, 0)} - {""}
     rng, feeds = np.random.default_rng(0), Arrays()
     for value in values:
-        dims = [
-            dim.dim_value if dim.dim_value > 0 else batch if axis == 0 or dim.dim_param in batches else size
-            for axis, dim in enumerate(value.type.tensor_type.shape.dim)
-        ]
+        dims = []
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            free = batch if axis == 0 or dim.dim_param in batches else sizes[not (axis == 1 and _rank(value) == 4)]
+            dims.append(dim.dim_value if dim.dim_value > 0 else free)
         kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         if value.type.tensor_type.elem_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.UINT8):
             feeds[value.name] = (np.ones(dims) if "mask" in value.name else rng.integers(0, 10, dims)).astype(kind)
@@ -676,7 +678,7 @@ def _at_opset(source: Source, path: Path, opset: int) -> onnx.ModelProto:
 
 
 def _compare(source: onnx.ModelProto, out: onnx.ModelProto) -> Iterator[str | None]:
-    """Walks both graphs back from the source's outputs: None for each node or weight that is the same, or what differs."""
+    """Walks both graphs back from the source's outputs: None for each node or weight that is the same."""
     makers = [{o: node for node in model.graph.node for o in node.output if o} for model in (source, out)]
     weights = [{tensor.name: tensor for tensor in model.graph.initializer} for model in (source, out)]
     names = [output.name for output in source.graph.output]
@@ -751,7 +753,7 @@ def _complaint(model: str | onnx.ModelProto) -> str | None:
 
 
 def _difference(found: Any, wanted: Any) -> float:
-    """The largest difference as a share of the range; infinite where the two cannot be compared, or are no floats and differ."""
+    """The largest difference as a share of the range; infinite for another shape or type, or other labels."""
     if isinstance(wanted, list):  # ZipMap gives a list of maps
         if not isinstance(found, list) or len(found) != len(wanted):
             return math.inf

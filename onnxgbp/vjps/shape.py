@@ -59,7 +59,8 @@ def pad_x(op: Emit, s: Step) -> ir.Value:
     if mode != "constant":
         dy = s.dy
         for axis in padded:
-            dy = _gather_back(op, s, dy, axis, begins[axis], ends[axis], mode)
+            copied = _padded_places(op, s, axis, begins[axis], ends[axis], mode)
+            dy = _contract(op, dy, axis, rank, _copies(op, s, axis, copied))
         return dy
     dy = s.dy
     cut = [axis for axis in padded if begins[axis] > 0 or ends[axis] > 0]
@@ -75,17 +76,29 @@ def pad_x(op: Emit, s: Step) -> ir.Value:
     return dy
 
 
-def _gather_back(op: Emit, s: Step, dy: ir.Value, axis: int, begin: int, end: int, mode: str) -> ir.Value:
-    """Contracts one axis with the 0/1 matrix that tells which element of x each padded one copies."""
-    dims = dims_of(s.x)
-    size = dims[axis] if dims is not None else None
-    if not isinstance(size, int):
-        raise s.refuse(f"padding of mode '{mode}' on a free dim; export the model with a fixed input size")
-    copied = np.pad(np.arange(size), (begin, end), mode={"reflect": "reflect", "edge": "edge", "wrap": "wrap"}[mode])  # type: ignore[call-overload]  # numpy types the literal modes only
-    matrix = (copied[:, None] == np.arange(size)[None]).astype(np.float64)
-    order = [i for i in range(s.rank()) if i != axis] + [axis]
-    moved = op.MatMul(op.Transpose(dy, perm=order), op.like(matrix, s.x))
-    return op.Transpose(moved, perm=[order.index(i) for i in range(s.rank())])
+def _contract(op: Emit, dy: ir.Value, axis: int, rank: int, matrix: ir.Value) -> ir.Value:
+    """Multiplies one axis of dy, [out], by a matrix [out, size] that tells of which entry each was made."""
+    order = [i for i in range(rank) if i != axis] + [axis]
+    moved = op.MatMul(op.Transpose(dy, perm=order), matrix)
+    return op.Transpose(moved, perm=[order.index(i) for i in range(rank)])
+
+
+def _copies(op: Emit, s: Step, axis: int, copied: np.ndarray[Any, Any] | ir.Value) -> ir.Value:
+    """The 0/1 matrix [out, size] for an axis whose entries were copied from the places `copied`."""
+    size = (dims_of(s.x) or ())[axis]
+    if isinstance(copied, np.ndarray) and isinstance(size, int):
+        return op.like((copied[:, None] == np.arange(size)[None]).astype(np.float64), s.x)
+    places = op.Reshape(op.positions(s.x, axis), [1, -1])
+    return op.cast_like(op.Equal(op.Reshape(copied, [-1, 1]), places), s.x)
+
+
+def _padded_places(op: Emit, s: Step, axis: int, begin: int, end: int, mode: str) -> np.ndarray[Any, Any] | ir.Value:
+    """From where each entry of a reflected, repeated or wrapped axis was copied."""
+    size = (dims_of(s.x) or ())[axis]
+    if isinstance(size, int):
+        numpy_modes: dict[str, Any] = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
+        return np.pad(np.arange(size), (begin, end), mode=numpy_modes[mode])
+    return op.Pad(op.Reshape(op.positions(s.x, axis), [-1]), pads=[begin, end], mode=mode)
 
 
 def slice_x(op: Emit, s: Step) -> ir.Value:
@@ -123,17 +136,11 @@ def _scatter(op: Emit, s: Step, dy: ir.Value, axis: int, start: int, end: int, s
         return op.Slice(dy, starts=[-1], ends=[-_FAR - 1], axes=[axis], steps=[-1])
     if isinstance(size, int):
         stop = None if stride < 0 and end < -_FAR else end  # "before the first" is None in Python
-        taken = np.arange(size)[start:stop:stride]
-        matrix = op.like((taken[:, None] == np.arange(size)[None]).astype(np.float64), s.x)
+        taken: np.ndarray[Any, Any] | ir.Value = np.arange(size)[start:stop:stride]
     else:
         places = op.Reshape(op.positions(s.x, axis), [-1])
-        there = op.Slice(places, starts=[start], ends=[end], axes=[0], steps=[stride])
-        same = op.Equal(op.Unsqueeze(there, axes=[1]), op.Unsqueeze(places, axes=[0]))
-        assert s.x.dtype is not None  # every value has its type before a rule sees it
-        matrix = op.Cast(same, to=int(s.x.dtype))
-    order = [i for i in range(s.rank()) if i != axis] + [axis]
-    moved = op.MatMul(op.Transpose(dy, perm=order), matrix)
-    return op.Transpose(moved, perm=[order.index(i) for i in range(s.rank())])
+        taken = op.Slice(places, starts=[start], ends=[end], axes=[0], steps=[stride])
+    return _contract(op, dy, axis, s.rank(), _copies(op, s, axis, taken))
 
 
 def expand_x(op: Emit, s: Step) -> ir.Value:
@@ -168,14 +175,9 @@ def gather_x(op: Emit, s: Step) -> ir.Value:
         before: list[ir.Value | int] = [0] * axis  # 0 copies the dim
         after = [op.dim(s.x, i) for i in range(axis + 1, s.rank())]
         dy = op.Unsqueeze(dy, axes=[axis]) if taken == 0 else op.Reshape(dy, op.vector(*before, -1, *after))
-    count = op.dim(s.x, axis)
-    flat = op.Reshape(op.Cast(indices, to=int(ir.DataType.INT64)), [-1, 1])
-    flat = op.Where(op.Less(flat, op.int64(0)), op.Add(flat, count), flat)  # from the end
-    places = op.Reshape(op.positions(s.x, axis), [1, -1])
-    matrix = op.cast_like(op.Equal(flat, places), s.x)
-    order = [i for i in range(s.rank()) if i != axis] + [axis]
-    moved = op.MatMul(op.Transpose(dy, perm=order), matrix)
-    return op.Transpose(moved, perm=[order.index(i) for i in range(s.rank())])
+    flat = op.Cast(indices, to=int(ir.DataType.INT64))
+    flat = op.Where(op.Less(flat, op.int64(0)), op.Add(flat, op.dim(s.x, axis)), flat)  # from the end
+    return _contract(op, dy, axis, s.rank(), _copies(op, s, axis, flat))
 
 
 def gather_elements_x(op: Emit, s: Step) -> ir.Value:
@@ -256,10 +258,7 @@ def resize_x(op: Emit, s: Step) -> ir.Value:
             continue
         if not isinstance(size, int) or not isinstance(out, int):
             raise s.refuse("it changes a free dim; export the model with a fixed input size")
-        matrix = op.like(_resize_matrix(s, axis, size, out), s.x)
-        order = [i for i in range(len(sizes)) if i != axis] + [axis]
-        moved = op.MatMul(op.Transpose(dy, perm=order), matrix)
-        dy = op.Transpose(moved, perm=[order.index(i) for i in range(len(sizes))])
+        dy = _contract(op, dy, axis, len(sizes), op.like(_resize_matrix(s, axis, size, out), s.x))
     return dy
 
 
