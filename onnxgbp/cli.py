@@ -118,7 +118,7 @@ _target = click.option(
 def convert(model: Path, out: Path, **options: Any) -> None:
     """Writes MODEL together with its attribution as one plain ONNX file."""
     converted = convert_model(model, **options)
-    save(converted, out)
+    save(converted, out, data_folder=model.parent)
     click.echo(f"{out}: {describe(converted)}")
 
 

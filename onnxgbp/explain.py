@@ -18,7 +18,8 @@ from PIL import Image
 
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.images import SUFFIXES, Preprocessing, read
-from onnxgbp.model import METADATA, output_file, write
+from onnxgbp.files import output_file, write
+from onnxgbp.model import METADATA
 from onnxgbp.render import PERCENTILE, overlay, signed_picture
 from onnxgbp.runtime import Explainer, Explanation
 
@@ -247,7 +248,13 @@ def _headline(explainer: Explainer) -> str:
     behind = f"; {said['stripped']}" if "stripped" in said else ""
     rules = [rule for rule in json.loads(said["rules"]) if rule != f"*={said['method']}"]
     mixed = f", with {', '.join(rules)}" if rules else ""
-    return f"{explainer.name}: {said['method']}{mixed} of '{said['explained']}'{unit} on {explainer.provider}{behind}"
+    return f"{_shown(explainer.name)}: {said['method']}{mixed} of '{said['explained']}'{unit} on {explainer.provider}{behind}"
+
+
+def _shown(name: str) -> str:
+    """A path as short as it can be from here."""
+    path = Path(name)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
 
 
 def _lines(path: Path, entry: dict[str, Any]) -> Iterator[str]:

@@ -5,12 +5,9 @@ Protobuf lives here and in `runtime.py` only; between them a model is an `onnx_i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,12 +15,14 @@ import onnx
 import onnx.inliner
 import onnx.version_converter
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 
+from onnxgbp import external
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.files import write
 from onnxgbp.shapes import infer_shapes
 
-__all__ = ["METADATA", "ModelLike", "Source", "load", "output_file", "raised", "save", "to_proto", "write"]
+__all__ = ["METADATA", "ModelLike", "Source", "load", "raised", "save", "to_proto"]
 
 ModelLike: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto"
 
@@ -64,7 +63,7 @@ def load(source: ModelLike) -> Source:
     del data  # as large as the model: gone before anything else is built
     where = str(path) if path else "the model"
     _check_proto(proto, where)
-    _check_external_data(proto, path, where)
+    external.read(proto, path, where)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto, convert_version=True)
     if _opset(proto) < LOWEST_OPSET:
@@ -107,39 +106,25 @@ def _raise_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         ) from None
 
 
-def save(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
+def save(
+    model: onnx.ModelProto, path: str | os.PathLike[str], *, data_folder: str | os.PathLike[str] | None = None
+) -> None:
     """Writes a model: the whole file or none.
 
+    Args:
+        model: as `convert` gives it.
+        path: the file to write.
+        data_folder: where the source lies, for a model so large that its weights stay in files of their own: in the
+            same folder the new file shares them, in another they are copied next to it.
     Raises:
-        OnnxgbpError: the file cannot be written.
+        OnnxgbpError: the file cannot be written, or external data is not where it should be.
     """
-    write(Path(path), model.SerializeToString(deterministic=True))
-
-
-def write(path: Path, data: bytes) -> None:
-    """Writes a file aside and moves it into place, so that no half of it is ever seen under its name."""
-    with output_file(path) as aside:
-        aside.write_bytes(data)
-
-
-@contextlib.contextmanager
-def output_file(path: Path) -> Iterator[Path]:
-    """A file to write aside; on success it is moved to `path`, on failure nothing is left."""
-    aside: Path | None = None
+    external.copy_beside(model, Path(path), None if data_folder is None else Path(data_folder))
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
-        aside = Path(name)
-        with os.fdopen(handle):
-            umask = os.umask(0)
-            os.umask(umask)
-            aside.chmod(0o666 & ~umask)  # mkstemp's 0600 would surprise whoever deploys the file
-        yield aside
-        aside.replace(path)
-    except OSError as error:
-        raise OnnxgbpError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if aside is not None:
-            aside.unlink(missing_ok=True)
+        data = model.SerializeToString(deterministic=True)
+    except (ValueError, EncodeError) as error:
+        raise OnnxgbpError(f"cannot write {path}: {_first_line(error)}") from None
+    write(Path(path), data)
 
 
 def _read(path: Path) -> bytes:
@@ -178,7 +163,7 @@ def _check_proto(proto: onnx.ModelProto, where: str) -> None:
         )
     if proto.training_info:
         raise OnnxgbpError(f"{where} is a training graph (it has training_info): export it for inference")
-    for graph in _graphs(proto.graph):
+    for graph in external.graphs(proto.graph):
         if graph.sparse_initializer:
             name = graph.sparse_initializer[0].values.name
             raise OnnxgbpError(f"{where} has a sparse initializer '{name}', which is not supported: store it dense")
@@ -213,57 +198,6 @@ def _check_names(graph: onnx.GraphProto, where: str) -> None:
 
 def _label(node: onnx.NodeProto) -> str:
     return node.name or f"{node.op_type}({', '.join(node.output)})"
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
-                yield from _graphs(inner)
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    for inner in _graphs(graph):
-        yield from inner.initializer
-        for node in inner.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
-
-
-def _check_external_data(proto: onnx.ModelProto, path: Path | None, where: str) -> None:
-    """A model is untrusted input: its data must lie beside it, and be all there."""
-    for tensor in _tensors(proto.graph):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        if path is None:
-            raise OnnxgbpError(
-                f"{where} keeps tensor '{tensor.name}' in an external file: give the model as a path instead"
-            )
-        folder = path.resolve().parent
-        file = (folder / location).resolve()
-        if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
-            raise OnnxgbpError(
-                f"{where}: external data '{location}' of tensor '{tensor.name}' is outside the model's folder"
-            )
-        if not file.is_file():
-            raise OnnxgbpError(
-                f"{where}: external data file '{location}' of tensor '{tensor.name}' is missing from {folder}"
-            )
-        try:
-            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-        except ValueError:
-            raise OnnxgbpError(
-                f"{where}: tensor '{tensor.name}' has a malformed offset or length of its external data"
-            ) from None
-        if file.stat().st_size < end:
-            raise OnnxgbpError(
-                f"{where}: external data file '{location}' is cut off: tensor '{tensor.name}' ends at byte {end}"
-            )
 
 
 def _to_ir(proto: onnx.ModelProto, path: Path | None, where: str) -> ir.Model:

@@ -1,0 +1,104 @@
+"""Weights in files beside the model: checked, read where they are small, shared or copied where they are large."""
+
+from __future__ import annotations
+
+import filecmp
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx.external_data_helper
+
+from onnxgbp.errors import OnnxgbpError
+from onnxgbp.files import output_file
+
+__all__ = ["copy_beside", "graphs", "read"]
+
+# Below this the weights become part of the converted file; protobuf ends at 2 GiB, and a file is easier to move.
+PART_OF_FILE = 1 << 30
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and the bodies of its control flow."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
+                yield from graphs(inner)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    for inner in graphs(graph):
+        yield from inner.initializer
+        for node in inner.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+
+
+def read(proto: onnx.ModelProto, path: Path | None, where: str) -> None:
+    """Checks external data and reads it into the model, unless it is large: then it stays where it is.
+
+    A model is untrusted input: its data must lie beside it, and be all there.
+
+    Raises:
+        OnnxgbpError: external data that is missing, cut off, or outside the model's folder.
+    """
+    size = 0
+    for tensor in _tensors(proto.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        if path is None:
+            raise OnnxgbpError(
+                f"{where} keeps tensor '{tensor.name}' in an external file: give the model as a path instead"
+            )
+        folder = path.resolve().parent
+        file = (folder / location).resolve()
+        if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
+            raise OnnxgbpError(
+                f"{where}: external data '{location}' of tensor '{tensor.name}' is outside the model's folder"
+            )
+        if not file.is_file():
+            raise OnnxgbpError(
+                f"{where}: external data file '{location}' of tensor '{tensor.name}' is missing from {folder}"
+            )
+        try:
+            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+        except ValueError:
+            raise OnnxgbpError(
+                f"{where}: tensor '{tensor.name}' has a malformed offset or length of its external data"
+            ) from None
+        if file.stat().st_size < end:
+            raise OnnxgbpError(
+                f"{where}: external data file '{location}' is cut off: tensor '{tensor.name}' ends at byte {end}"
+            )
+        size += int(entries.get("length", file.stat().st_size))
+    if size and path is not None and size < PART_OF_FILE:
+        onnx.external_data_helper.load_external_data_for_model(proto, str(path.resolve().parent))
+
+
+def copy_beside(proto: onnx.ModelProto, path: Path, folder: Path | None) -> None:
+    """Makes the external data of a model stand beside the file to write, each file whole or not at all."""
+    locations = {
+        entry.value
+        for tensor in _tensors(proto.graph)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    for location in sorted(locations):
+        source, copy = (path.parent if folder is None else folder) / location, path.parent / location
+        if not source.is_file():
+            raise OnnxgbpError(
+                f"cannot write {path}: its external data '{location}' is not in {source.parent}; name data_folder"
+            )
+        if copy.exists():
+            if not copy.samefile(source) and not filecmp.cmp(source, copy, shallow=False):
+                raise OnnxgbpError(f"cannot write {path}: {copy} exists and holds other data than the model's")
+            continue
+        with output_file(copy) as aside:
+            shutil.copyfile(source, aside)

@@ -1,0 +1,39 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from onnxgbp.errors import OnnxgbpError
+
+__all__ = ["output_file", "write"]
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file aside and moves it into place, so that no half of it is ever seen under its name."""
+    with output_file(path) as aside:
+        aside.write_bytes(data)
+
+
+@contextlib.contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """A file to write aside; on success it is moved to `path`, on failure nothing is left."""
+    aside: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+        aside = Path(name)
+        with os.fdopen(handle):
+            umask = os.umask(0)
+            os.umask(umask)
+            aside.chmod(0o666 & ~umask)  # mkstemp's 0600 would surprise whoever deploys the file
+        yield aside
+        aside.replace(path)
+    except OSError as error:
+        raise OnnxgbpError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
