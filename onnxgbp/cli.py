@@ -9,11 +9,10 @@ from typing import Any
 
 import click
 
-from onnxgbp.convert import convert as convert_model
-from onnxgbp.convert import describe
+from onnxgbp.convert import GradientGraph
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.lower import PROFILES
-from onnxgbp.model import save
+from onnxgbp.model import load
 from onnxgbp.rules import RULES
 from onnxgbp.target import parse_target, parse_unit
 
@@ -117,9 +116,8 @@ _target = click.option(
 )
 def convert(model: Path, out: Path, **options: Any) -> None:
     """Writes MODEL together with its attribution as one plain ONNX file."""
-    converted = convert_model(model, **options)
-    save(converted, out, data_folder=model.parent)
-    click.echo(f"{out}: {describe(converted)}")
+    aim = {name: options.pop(name) for name in ("target", "output", "unit", "wrt")}
+    click.echo(f"{out}: {GradientGraph.build(load(model), **aim).save(out, **options)}")
 
 
 @main.command()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -14,10 +17,12 @@ from onnxgbp.activations import Activation
 from onnxgbp.differentiate import differentiate
 from onnxgbp.emit import PRIVATE, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
+from onnxgbp.external import copy_beside
 from onnxgbp.lower import PROFILES, lower, prune
 from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
 from onnxgbp.recognise import recognise
 from onnxgbp.rules import Choice, choose, install, parse_activations, parse_rules
+from onnxgbp.stream import is_large, stream
 from onnxgbp.target import Explained, explained_tensor, make_seed, parse_target, parse_unit, stripped_text, wrt_tensors
 
 __all__ = ["GradientGraph", "Rules", "convert", "describe"]
@@ -70,7 +75,8 @@ class GradientGraph:
     model: ir.Model
     found: tuple[Activation, ...]  # the activations that the gradient passes, in forward order
     explained: Explained
-    options: dict[str, str]
+    options: dict[str, str]  # what the metadata will say of them
+    arguments: dict[str, Any]  # as they were given
 
     @classmethod
     def build(
@@ -85,23 +91,27 @@ class GradientGraph:
         """Differentiates a model. The arguments are those of `convert`."""
         if METADATA + "method" in source.model.metadata_props:
             raise OnnxgbpError(f"{source.name} is already a converted file; convert the model that it was made from")
-        what, which = parse_target(target), parse_unit(unit)
         names = [wrt] if isinstance(wrt, str) else list(wrt)
+        arguments: dict[str, Any] = {
+            "target": parse_target(target),
+            "output": output,
+            "unit": parse_unit(unit),
+            "wrt": names,
+        }
         try:
-            return cls._build(source, what, output, which, names)
+            return cls._build(source, arguments)
         except OpsetTooLowError as error:
-            return cls.build(raised(source, error.opset), target=target, output=output, unit=unit, wrt=names)
+            return cls.build(raised(source, error.opset), **arguments)
 
     @classmethod
-    def _build(
-        cls, source: Source, target: str | int, output: str | None, unit: tuple[int, ...] | None, wrt: Sequence[str]
-    ) -> GradientGraph:
+    def _build(cls, source: Source, arguments: dict[str, Any]) -> GradientGraph:
+        target, unit = arguments["target"], arguments["unit"]
         model = source.model.clone()
         graph = model.graph
         for node in graph:
             node.meta["forward"] = True
-        inputs = wrt_tensors(graph, wrt)
-        explained = explained_tensor(graph, inputs, output)
+        inputs = wrt_tensors(graph, arguments["wrt"])
+        explained = explained_tensor(graph, inputs, arguments["output"])
         found = recognise(graph)
         op = Emit(graph)
         seed = make_seed(op, explained, target, unit)
@@ -124,7 +134,7 @@ class GradientGraph:
         if explained.stripped:
             options["stripped"] = stripped_text(explained)
         order = [activation for activation in found.values() if activation in marked]
-        return cls(source, model, tuple(order), explained, options)
+        return cls(source, model, tuple(order), explained, options, arguments)
 
     def choices(
         self, *, method: str = "guided", rule: Rules = (), activations: str | Sequence[str] = "all"
@@ -141,27 +151,50 @@ class GradientGraph:
         profile: str = "ort",
     ) -> onnx.ModelProto:
         """The finished model under one choice of rules. The arguments are those of `convert`."""
+        return to_proto(self._finished(method, list(rule), activations, profile), self.source)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        method: str = "guided",
+        rule: Rules = (),
+        activations: str | Sequence[str] = "all",
+        profile: str = "ort",
+    ) -> str:
+        """Writes what `render` gives, the same bytes, without a second copy of the weights in memory.
+
+        Returns:
+            One line on what the file explains.
+        """
+        model = self._finished(method, list(rule), activations, profile)
+        initializers = model.graph.initializers
+        large = [value for value in initializers.values() if is_large(value.const_value)]
+        for value in large:
+            del initializers[value.name or ""]
+        skeleton = to_proto(model, self.source)
+        copy_beside(skeleton, Path(path), self.source.path.parent if self.source.path else None)
+        stream(skeleton, large, Path(path))
+        return describe(skeleton)
+
+    def _finished(
+        self, method: str, rules: list[str | tuple[str, str]], activations: str | Sequence[str], profile: str
+    ) -> ir.Model:
         if profile not in PROFILES:
             raise OnnxgbpError(f"no profile is called '{profile}': choose one of {', '.join(PROFILES)}")
-        rules = list(rule)
         choices = self.choices(method=method, rule=rules, activations=activations)
         model = self.model.clone()
         op = Emit(model.graph)
         try:
             install(op, choices)
             lower(op, profile)
-        except OpsetTooLowError as needs:
-            again = GradientGraph.build(
-                raised(self.source, needs.opset),
-                target=self.options["target"],
-                output=self.options["explained"],
-                unit=self.options.get("unit"),
-                wrt=json.loads(self.options["wrt"]),
-            )
-            return again.render(method=method, rule=rules, activations=activations, profile=profile)
+        except OpsetTooLowError as error:
+            again = GradientGraph.build(raised(self.source, error.opset), **self.arguments)
+            return again._finished(method, rules, activations, profile)
         prune(model.graph)
         _join_outputs(model.graph)
         _plain(model.graph)
+        _large_last(model.graph)
         options = self.options | {
             "activations": activations if isinstance(activations, str) else ",".join(activations),
             "method": method,
@@ -171,7 +204,7 @@ class GradientGraph:
             "version": importlib.metadata.version("onnxgbp"),
         }
         model.metadata_props.update({METADATA + name: value for name, value in sorted(options.items())})
-        return to_proto(model, self.source)
+        return model
 
 
 def describe(converted: onnx.ModelProto) -> str:
@@ -181,6 +214,13 @@ def describe(converted: onnx.ModelProto) -> str:
     unit = f"unit {said['unit']}" if "unit" in said else f"target {said['target']}"
     behind = f", {said['stripped']}" if "stripped" in said else ""
     return f"{said['method']} of '{said['explained']}' ({unit}) with respect to {wrt}{behind}"
+
+
+def _large_last(graph: ir.Graph) -> None:
+    """Orders the weights as `save` streams them, so that both ways of writing give the same bytes."""
+    for name, value in [item for item in graph.initializers.items() if is_large(item[1].const_value)]:
+        del graph.initializers[name]
+        graph.initializers[name] = value
 
 
 def _named(dim: int | str | None) -> bool:
@@ -216,9 +256,10 @@ def _join_outputs(graph: ir.Graph) -> None:
 def _plain(graph: ir.Graph) -> None:
     """What the source said of its inputs and outputs stands again. Inner tensors go unsaid: any reader infers them."""
     assert not any(node.domain == PRIVATE for node in graph), "a private call survived lowering"
-    ends = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
-    for value in (v for node in graph for v in node.outputs if v not in ends):
-        value.type = value.shape = None
+    ends = {*graph.inputs, *graph.outputs}
+    for value in (*graph.initializers.values(), *(v for node in graph for v in node.outputs)):
+        if value not in ends:
+            value.type = value.shape = None
     for value in (*graph.inputs, *graph.outputs):
         if "declared" in value.meta:
             value.type, value.shape = value.meta["declared"]
