@@ -64,6 +64,11 @@ def _clip(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
     return one
 
 
+def _quantised_relu(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
+    """From x: the integers y cannot tell what rounded to the ends of the range from what was clipped to them."""
+    return op.And(op.Greater(x, 0), op.Less(x, op.like(a["max"], x)))
+
+
 def _leaky_relu(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
     return op.Where(op.Greater(y if a["alpha"] >= 0 else x, 0), op.like(1, x), op.like(a["alpha"], x))
 
@@ -149,6 +154,7 @@ def _mish(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
 ACTIVATIONS: dict[str, Derivative] = {
     "Relu": _relu,
     "Relu6": _clip,
+    "QuantizedRelu": _quantised_relu,
     "Clip": _clip,
     "LeakyRelu": _leaky_relu,
     "PRelu": _prelu,
@@ -170,4 +176,4 @@ ACTIVATIONS: dict[str, Derivative] = {
 
 # f' < 0 for some x: a positive dy can leave negative, which the audit says.
 NOT_MONOTONE = frozenset({"HardSwish", "Gelu", "GeluTanh", "Swish", "Mish"})
-RELU_KINDS = frozenset({"Relu", "Relu6"})
+RELU_KINDS = frozenset({"Relu", "Relu6", "QuantizedRelu"})

@@ -14,6 +14,7 @@ from onnxgbp.activations import Activation
 from onnxgbp.broadcast import unbroadcast
 from onnxgbp.emit import Emit, dims_of, is_float
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.quantisation import REFUSED, carries_integers
 from onnxgbp.step import Step, label
 from onnxgbp.vjps import VJPS, ZERO_GRADIENT, Entry
 
@@ -30,7 +31,7 @@ def find_path(graph: ir.Graph, tensor: ir.Value, wrt: Iterable[ir.Value]) -> Pat
         if _key(node) in ZERO_GRADIENT or not any(value in active for value in _read(node)):
             continue
         forward.append(node)
-        active.update(value for value in node.outputs if value.dtype is None or is_float(value))
+        active.update(v for v in node.outputs if v.dtype is None or is_float(v) or carries_integers(node, v))
     needed, path = {tensor}, []
     for node in reversed(forward):
         if any(value in needed for value in node.outputs):
@@ -56,7 +57,7 @@ def missing_rules(path: Path, tensor: ir.Value, found: Mapping[ir.Node, Activati
         if not any(value in reached for value in node.outputs):
             continue
         reached.update([found[node].x] if node in found else _read(node))
-        if node not in found and _key(node) not in VJPS:
+        if node not in found and (_key(node) not in VJPS or _reads_integers(node)):
             missing.append(node)
     return missing[::-1]
 
@@ -92,7 +93,7 @@ def differentiate(
             continue  # inside an activation's group, or read by nothing that carries a gradient
         op.scope = f"gradient/{label(node)}"
         for value, dx in _step(op, node, dys, found, active):
-            gradients.setdefault(value, []).append(op.typed(dx, value))
+            gradients.setdefault(value, []).append(_typed(op, dx, value))
     op.scope = "gradient"
     result = {value: _total(op, gradients, value) for value in wrt}
     for value, gradient in result.items():
@@ -122,6 +123,9 @@ def _step(
         yield activation.x, call
         return
     entry = _entry(step)
+    if entry.together is not None:
+        yield from entry.together(op, step, active)
+        return
     for index, value in enumerate(node.inputs):
         if value is None or value not in active:
             continue
@@ -132,6 +136,10 @@ def _step(
 
 def _entry(step: Step) -> Entry:
     entry = VJPS.get(_key(step.node))
+    if _key(step.node) in REFUSED:
+        raise step.refuse(REFUSED[_key(step.node)])
+    if _reads_integers(step.node):
+        raise step.refuse("it reads quantised integers; quantise the model in the QDQ format (QuantFormat.QDQ) instead")
     if entry is None:
         domain = f" of domain '{step.node.domain}'" if step.node.domain else ""
         raise OnnxgbpError(
@@ -145,6 +153,17 @@ def _key(node: ir.Node) -> str:
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
+def _reads_integers(node: ir.Node) -> bool:
+    """Whether a node other than DequantizeLinear computes with the integers of a quantised tensor."""
+    makers = ((value.producer(), value) for value in node.inputs if value is not None)
+    return _key(node) != "DequantizeLinear" and any(maker and carries_integers(maker, v) for maker, v in makers)
+
+
+def _typed(op: Emit, gradient: ir.Value, like: ir.Value) -> ir.Value:
+    """The gradient of integers is that of the real numbers for which they stand, and of their type."""
+    return op.typed(gradient, like) if like.dtype is None or is_float(like) else gradient
+
+
 def _total(op: Emit, gradients: Mapping[ir.Value, list[ir.Value]], value: ir.Value) -> ir.Value | None:
     """The sum of what arrives; it is kept, since a tensor of `wrt` may lie in the middle of the path."""
     parts = gradients.get(value)
@@ -152,5 +171,5 @@ def _total(op: Emit, gradients: Mapping[ir.Value, list[ir.Value]], value: ir.Val
         return None
     while len(parts) > 1:
         first, second = parts.pop(0), parts.pop(0)
-        parts.insert(0, op.typed(op.Add(first, second), value))
+        parts.insert(0, _typed(op, op.Add(first, second), value))
     return parts[0]

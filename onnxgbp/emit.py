@@ -87,9 +87,11 @@ class Emit:
         self.scope = "onnxgbp"
         self._ir_version = int(graph.meta["ir_version"])
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
-        self._names = {value.name for node in graph for value in node.outputs}
-        self._names |= {value.name for value in graph.inputs} | set(graph.initializers)
-        self._names |= {node.name for node in graph}
+        self._names: set[str | None] = set()
+        for scope in (graph, *graph.subgraphs()):
+            self._names |= {value.name for node in scope for value in node.outputs}
+            self._names |= {value.name for value in scope.inputs} | set(scope.initializers)
+            self._names |= {node.name for node in scope}
         self._counts: dict[str, int] = {}
         for name, value in graph.initializers.items():
             if name.startswith(_CONSTANT) and value.const_value is not None:
@@ -112,6 +114,20 @@ class Emit:
         node = self._node(PRIVATE, op_type, inputs, {}, 1)
         node.meta.update(meta)
         return self.typed(node.outputs[0], like)
+
+    def body(self, inputs: Sequence[ir.Value], write: Callable[..., Sequence[ir.Value]]) -> ir.Graph:
+        """A sub-graph, for an attribute of If, Loop or Scan: `write` makes its outputs of its inputs.
+
+        What `write` reads from outside is captured, and constants go to the graph itself.
+        """
+        outer, self.nodes = self.nodes, []
+        try:
+            # An output is made by a node of the sub-graph, and each by its own.
+            outputs = [self.Identity(value) for value in write(*inputs)]
+            name = self.name(f"{self.scope}/body")
+            return ir.Graph(inputs, outputs, nodes=self.take(), opset_imports=self.graph.opset_imports, name=name)
+        finally:
+            self.nodes = outer
 
     def take(self) -> list[ir.Node]:
         """The nodes emitted since the last call, for the caller to place in the graph."""

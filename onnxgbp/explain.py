@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import numpy as np
@@ -17,13 +17,20 @@ import numpy.typing as npt
 from PIL import Image
 
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.images import SUFFIXES, Preprocessing, read
 from onnxgbp.files import output_file, write
+from onnxgbp.images import SUFFIXES, Preprocessing, read
 from onnxgbp.model import METADATA
 from onnxgbp.render import PERCENTILE, overlay, signed_picture
 from onnxgbp.runtime import Explainer, Explanation
 
 __all__ = ["DEFAULT_MODEL", "explain_images"]
+
+
+class _Say(Protocol):
+    """Prints a line on stdout, or on stderr as an error."""
+
+    def __call__(self, line: str, error: bool = False) -> None: ...
+
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "squeezenet1_1.onnx"
 MANIFEST = "manifest.json"
@@ -98,7 +105,7 @@ def explain_images(
             except OnnxgbpError as error:
                 said = str(error)
                 said = said if said.startswith(f"cannot read {path}") else f"{path}: {said}"
-                click.echo(f"Error: {said}", err=True)
+                say(f"Error: {said}", error=True)
                 failed.append(path)
                 entries.append({"file": str(path), "error": said})
                 continue
@@ -197,16 +204,26 @@ def _stems(images: Sequence[Path]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _progress(images: list[Path], echo: Callable[[str], Any]) -> Iterator[tuple[Iterator[Path], Callable[[str], Any]]]:
-    """The images, with a bar where they are many and someone watches; lines are held back then, not to break it."""
+def _progress(images: list[Path], echo: Callable[[str], Any]) -> Iterator[tuple[Iterator[Path], _Say]]:
+    """The images, and what to say lines with; where they are many and someone watches, with a bar.
+
+    Lines are held back until the bar is done: they would break it.
+    """
+
+    def say(line: str, error: bool = False) -> None:
+        if error:
+            click.echo(line, err=True)
+        else:
+            echo(line)
+
     if len(images) < _MANY or not sys.stderr.isatty():
-        yield iter(images), echo
+        yield iter(images), say
         return
-    held: list[str] = []
+    held: list[tuple[str, bool]] = []
     with click.progressbar(images, label="explaining", file=sys.stderr, show_pos=True) as bar:
-        yield iter(bar), held.append
-    for line in held:
-        echo(line)
+        yield iter(bar), lambda line, error=False: held.append((line, error))
+    for line, error in held:
+        say(line, error)
 
 
 def _explained(
@@ -248,7 +265,8 @@ def _headline(explainer: Explainer) -> str:
     behind = f"; {said['stripped']}" if "stripped" in said else ""
     rules = [rule for rule in json.loads(said["rules"]) if rule != f"*={said['method']}"]
     mixed = f", with {', '.join(rules)}" if rules else ""
-    return f"{_shown(explainer.name)}: {said['method']}{mixed} of '{said['explained']}'{unit} on {explainer.provider}{behind}"
+    what = f"{said['method']}{mixed} of '{said['explained']}'{unit}"
+    return f"{_shown(explainer.name)}: {what} on {explainer.provider}{behind}"
 
 
 def _shown(name: str) -> str:

@@ -167,7 +167,7 @@ class Conv(OpRun):
         for position, cut in window.taps():
             met = padded[cut].reshape(x.shape[0], groups, x.shape[1] // groups, -1)
             at: Any = (..., *position)
-            y += kernels[at] @ met
+            y += np.ascontiguousarray(kernels[at]) @ met  # a strided matrix would miss BLAS
         y = y.reshape(x.shape[0], w.shape[0], *window.out)
         return (y if b is None else y + b.reshape(1, -1, *[1] * len(window.out)),)
 
@@ -209,7 +209,7 @@ class ConvTranspose(OpRun):
         rows = x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
         for position in itertools.product(*map(range, kernel)):
             at: Any = (..., *position)
-            part = kernels[at] @ rows
+            part = np.ascontiguousarray(kernels[at]) @ rows
             cut = [
                 slice(p * d, p * d + (n - 1) * s + 1, s)
                 for p, d, n, s in zip(position, spread, x.shape[2:], steps, strict=True)

@@ -195,9 +195,7 @@ class _Shape:
 
     def check(self, chosen: Preprocessing, spec: InputSpec) -> None:
         if self.channels is not None and self.channels != _CHANNELS[chosen.channels]:
-            raise OnnxgbpError(
-                f"{spec} takes {self.channels} channel{'s'[self.channels == 1 :]}, but channels are '{chosen.channels}'"
-            )
+            raise OnnxgbpError(f"{spec} has a channel axis of {self.channels}, but channels are '{chosen.channels}'")
         if chosen.crop is None:
             return
         height, width = chosen.crop

@@ -21,6 +21,7 @@ from onnx.reference import ReferenceEvaluator
 from onnxgbp.activations import ACTIVATIONS, RELU_KINDS, SELU_ALPHA, SELU_GAMMA, Activation
 from onnxgbp.constants import constant_value
 from onnxgbp.emit import is_float
+from onnxgbp.quantisation import hidden_relu
 from onnxgbp.step import Step
 
 __all__ = ["recognise"]
@@ -45,7 +46,9 @@ _ELEMENTWISE = frozenset(
     "Softsign Sqrt Sub Tanh Where".split()
 )
 _GATES = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
-_TRANSPARENT = frozenset("Cast Expand Flatten Identity Reshape Squeeze Transpose Unsqueeze".split())
+_TRANSPARENT = frozenset(
+    "Cast DequantizeLinear Expand Flatten Identity QuantizeLinear Reshape Squeeze Transpose Unsqueeze".split()
+)
 _LONGEST = 24  # nodes in a group; torch's tanh form of GELU has 8, a guarded Softplus 9
 _FLOAT_MAX = 3.0e38  # Clip before opset 11 says "no bound" with the largest float
 
@@ -70,6 +73,10 @@ def recognise(graph: ir.Graph) -> dict[ir.Node, Activation]:
 
 
 def _single(node: ir.Node) -> Activation | None:
+    if (quantiser := hidden_relu(node)) is not None:
+        spelled = "QuantizeLinear DequantizeLinear (zero point)"
+        arguments = {"max": quantiser.high + quantiser.scale / 2}  # up to there x rounds into the range
+        return _activation("QuantizedRelu", node, Step(node).x, arguments, spelled)
     if node.domain or node.op_type not in ACTIVATIONS:
         return None
     step, kind = Step(node), node.op_type
@@ -322,4 +329,4 @@ _FAMILIES: list[tuple[str, Callable[[Array, Array], dict[str, Any] | None], Call
     ("HardSigmoid", _hard_sigmoid, lambda x, alpha, beta: np.clip(alpha * x + beta, 0, 1)),
     ("Clip", _clip, lambda x, min, max: np.clip(x, min, max)),
 ]
-assert {kind for kind, _, _ in _FAMILIES} >= RELU_KINDS  # `--activations relu` finds both in any spelling
+assert {kind for kind, _, _ in _FAMILIES} >= RELU_KINDS - {"QuantizedRelu"}  # `--activations relu` finds both in any spelling

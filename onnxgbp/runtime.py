@@ -79,7 +79,7 @@ class InputSpec:
         return f"input '{self.name}'"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Explanation:
     """What one call gives.
 
@@ -166,6 +166,7 @@ class Explainer:
         dims = dims_of(tensor) if tensor is not None else None
         self.classes = dims[1] if dims and len(dims) > 1 and isinstance(dims[1], int) else None
         """How many classes the explained tensor has; None where the model leaves it open."""
+        self._batch_dim = dims[0] if dims else None
         self.metadata = {entry.key: entry.value for entry in proto.metadata_props}
         """The metadata of the model that runs: the source's, and what `convert` adds under `onnxgbp.`."""
         self._session = _session(proto, source, provider, threads)
@@ -208,28 +209,36 @@ class Explainer:
                 or the runtime fails.
         """
         feeds = self._feeds(x)
-        targets = self.check_target(target, self._batch(feeds))
+        count = self._batch(feeds)
+        targets = self.check_target(target, count)
         if self._target_input is not None:
             feeds[self._target_input.name] = targets
         try:
             values = self._session.run([*self._theirs, *self._ours], feeds)
         except Exception as error:  # noqa: BLE001 - the runtime's exceptions share no base class of their own
-            hint = "; is the target in range?" if target is not None and self.classes is None else ""
+            doubtful = target is not None and (self.classes is None or count is None)
+            hint = "; is the target in range, and of one class per sample?" if doubtful else ""
             raise OnnxgbpError(f"ONNX Runtime could not run {self.name}: {_short(error)}{hint}") from None
         outputs = dict(zip(self._theirs, values, strict=False))
         *attributions, chosen = values[len(self._theirs) :]
         attribution = attributions[0] if len(self.wrt) == 1 else dict(zip(self.wrt, attributions, strict=True))
         scores = _as_array(outputs[self.scores_output] if self.scores_output is not None else [])
+        if count is None and self._target_input is not None:  # what could not be checked before
+            samples = len(scores) if scores.ndim else len(chosen)
+            if len(chosen) != samples or (np.ndim(target) and len(targets) != samples):  # type: ignore[arg-type]
+                raise OnnxgbpError(_wrong_length(targets, samples))
         return Explanation(attribution, scores, chosen, outputs)
 
-    def check_target(self, target: Target, count: int = 1) -> npt.NDArray[np.int64]:
+    def check_target(self, target: Target, count: int | None = None) -> npt.NDArray[np.int64]:
         """The target of each of `count` samples, int64 [count], -1 for the strongest class.
+
+        Without `count` one class stays one, int64 [1], which the model spreads over the samples.
 
         Raises:
             OnnxgbpError: out of range, of a wrong length, or not the one that a converted file was made for.
         """
         if target is None:
-            return np.full(count, -1, np.int64)
+            return np.full(1 if count is None else count, -1, np.int64)
         if METADATA + "unit" in self.metadata:
             raise OnnxgbpError(f"unit {self.metadata[METADATA + 'unit']} is explained: leave the target out")
         targets = self._targets(target, count)
@@ -270,30 +279,33 @@ class Explainer:
                     raise OnnxgbpError(f"dimension '{dim}' is {first[0]} in {first[1]} but {size} in {spec}")
         return feeds
 
-    def _batch(self, feeds: Mapping[str, Array]) -> int:
-        """The number of samples: the size of the dimension that `target` has in the model, else of axis 0."""
-        dim = self._target_input.shape[0] if self._target_input is not None and self._target_input.shape else None
+    def _batch(self, feeds: Mapping[str, Array]) -> int | None:
+        """The number of samples: the size of the dimension that `target` has; None where it has no name."""
+        dim = self._target_input.shape[0] if self._target_input is not None else self._batch_dim
         if isinstance(dim, int):
             return dim
-        if dim is not None:
-            for spec in self.inputs:
-                if dim in spec.shape:
-                    return int(feeds[spec.name].shape[spec.shape.index(dim)])
-        first = next((feeds[name] for name in self.wrt if name in feeds), next(iter(feeds.values())))
-        return int(first.shape[0]) if first.ndim else 1
+        specs = (spec for spec in self.inputs if dim is not None and dim in spec.shape)
+        return next((int(feeds[spec.name].shape[spec.shape.index(dim)]) for spec in specs), None)
 
-    def _targets(self, target: Target, count: int) -> npt.NDArray[np.int64]:
+    def _targets(self, target: Target, count: int | None) -> npt.NDArray[np.int64]:
         """int64 [N], each in range."""
-        given = _class_indices(target)
-        if given.ndim and given.shape != (count,):
-            shape = f"{len(given)} classes" if given.ndim == 1 else f"shape {list(given.shape)}"
-            raise OnnxgbpError(f"target has {shape}, but there are {count} samples: give one class, or one per sample")
-        targets = np.broadcast_to(given, (count,)).astype(np.int64)
+        given = np.atleast_1d(_class_indices(target))
+        if given.ndim != 1 or (count is not None and np.ndim(target) and len(given) != count):  # type: ignore[arg-type]
+            raise OnnxgbpError(_wrong_length(given, count))
+        targets = np.broadcast_to(given, (len(given) if count is None else count,)).astype(np.int64)
         wrong = targets < 0 if self.classes is None else (targets < 0) | (targets >= self.classes)
         if wrong.any():
             last = "" if self.classes is None else f": the model has {self.classes} classes, 0 to {self.classes - 1}"
             raise OnnxgbpError(f"target {targets[wrong][0]} is out of range{last or '; it counts from 0'}")
         return targets
+
+
+def _wrong_length(given: Array, count: int | None) -> str:
+    has = (
+        f"{len(given)} {'class' if len(given) == 1 else 'classes'}" if given.ndim == 1 else f"shape {list(given.shape)}"
+    )
+    samples = "" if count is None else f", but there {'is 1 sample' if count == 1 else f'are {count} samples'}"
+    return f"target has {has}{samples}: give one class, or one per sample"
 
 
 def _unpickle(model: str | bytes, options: dict[str, Any]) -> Explainer:

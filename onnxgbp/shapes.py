@@ -37,12 +37,12 @@ def infer_shapes(model: ir.Model) -> None:
         {name: _prime(number, axis, probe) for number, (name, axis) in enumerate(free.items())} for probe in _PROBES
     ]
     nodes = [_Node(node) for node in graph]
-    first = _propagate(graph, nodes, sizes[0])
-    second = _propagate(graph, nodes, sizes[1]) if free else first
+    first, known = _propagate(graph, nodes, sizes[0])
+    second, known_too = _propagate(graph, nodes, sizes[1]) if free else (first, known)
     made = [value for node in graph for value in node.outputs if value.name]
     # Sizes that the model cannot take (a position table fixes the image's size) leave gaps: symbols still tell ranks.
     gaps = any(value.name not in first or value.name not in second for value in made)
-    symbolic = _propagate(graph, nodes, {}) if gaps and free else {}
+    symbolic = _propagate(graph, nodes, {})[0] if gaps and free else {}
     symbols = {(sizes[0][name], sizes[1][name]): name for name in free}
     for value in made:
         name = value.name or ""
@@ -54,6 +54,13 @@ def infer_shapes(model: ir.Model) -> None:
         value.type = ir.serde.deserialize_type_proto_for_type(a)
         one, two = (ir.serde.deserialize_type_proto_for_shape(t) for t in (a, b))
         value.shape = _merge(one, two, symbols)
+        if (
+            name in known
+            and name in known_too
+            and known[name].raw_data == known_too[name].raw_data
+            and known[name].raw_data
+        ):
+            value.meta["constant"] = onnx.numpy_helper.to_array(known[name])  # what `constant_value` will find
 
 
 # Operators for which onnx infers no shape: theirs is that of the first input.
@@ -103,8 +110,8 @@ def _prime(number: int, axis: int, probe: tuple[tuple[int, ...], tuple[int, ...]
     return sizes[number] if number < len(sizes) else sizes[-1] + 2 * (number - len(sizes) + 1)
 
 
-def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> Types:
-    """The types under one choice of sizes. Small integers that tell a shape are computed along the way."""
+def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> tuple[Types, dict[str, onnx.TensorProto]]:
+    """The types under one choice of sizes, and the small tensors that follow from the shapes alone."""
     types: Types = {}
     known: dict[str, onnx.TensorProto] = {}
     for value in graph.inputs:
@@ -137,7 +144,7 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> Ty
         if entry.node.op_type in _UNKNOWN_TO_ONNX and entry.proto.output[0] not in types:
             types[entry.proto.output[0]] = types[inputs[0]]
         _compute(entry, types, known)
-    return types
+    return types, known
 
 
 def _compute(entry: _Node, types: Types, known: dict[str, onnx.TensorProto]) -> None:

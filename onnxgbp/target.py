@@ -15,7 +15,9 @@ from onnxgbp.step import label
 __all__ = ["Explained", "Seed", "explained_tensor", "make_seed", "parse_target", "parse_unit", "wrt_tensors"]
 
 _SQUASHING = frozenset({"Softmax", "LogSoftmax", "Sigmoid"})
-_CARRIES_SCORES = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Flatten", "ZipMap"})
+_CARRIES_SCORES = frozenset(
+    {"Identity", "Cast", "Reshape", "Squeeze", "Flatten", "ZipMap", "QuantizeLinear", "DequantizeLinear"}
+)
 
 
 @dataclasses.dataclass(frozen=True)

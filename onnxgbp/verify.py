@@ -41,8 +41,8 @@ _COSINE, _MEDIAN = 1e-4, 1e-4  # 1 - cosine; the median of the relative error, w
 # float32: differences lose half of the digits, and within the larger step that this asks for, many a ReLU switches.
 _DIFFERENCE = {"float64": 1e-4, "float32": 5e-2}
 _STEP = {"float64": 1e-8, "float32": 1e-3}  # in units of the input's root mean square
-_RUNTIME = 1e-3  # 1 - cosine: single ReLU decisions differ between float32 and float64
-_DIRECTIONS = 3  # random ones, besides the gradient's own
+_RUNTIME = 2e-2  # 1 - cosine: in a small net one MaxPool that decides otherwise in float32 has cost 6e-3
+_DIRECTIONS = 2  # random ones, besides the gradient's own
 _AFFORDABLE = 1e12  # multiplications: about two minutes on one core
 _SIZES = (32, 28, 64, 30, 224, 8, 299)  # tried in this order for free dims other than the batch
 _CHANNELS = (3, 1)  # and for axis 1 of a batch of images

@@ -28,8 +28,9 @@ onnxgbp_env() {
     wanted=$(cksum <"$root/pyproject.toml") || return
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing onnxgbp${extras:+[$extras]} into .venv ..." >&2
-        "$venv/bin/python" -m pip install --quiet --upgrade pip || return
-        "$venv/bin/python" -m pip install --quiet -e "$root${extras:+[$extras]}" || return
+        # -qq: errors only. The build's note on editable installs, for one, would alarm and tell nothing.
+        "$venv/bin/python" -m pip install -qq --upgrade pip || return
+        "$venv/bin/python" -m pip install -qq -e "$root${extras:+[$extras]}" || return
         echo "$wanted" >"$stamp"
     fi
     . "$venv/bin/activate"

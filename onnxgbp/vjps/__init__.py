@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxgbp.vjps import elementwise, linear, norm, pool, reduce, shape
+from onnxgbp.vjps import elementwise, linear, norm, pool, quantised, recurrent, reduce, shape
 from onnxgbp.vjps.entry import Entry
 
 __all__ = ["FAMILIES", "VJPS", "ZERO_GRADIENT", "Entry"]
@@ -12,6 +12,8 @@ FAMILIES = {
     "linear": linear.VJPS,
     "pooling": pool.VJPS,
     "normalisation": norm.VJPS,
+    "quantisation": quantised.VJPS,
+    "recurrent": recurrent.VJPS,
     "reduction": reduce.VJPS,
     "shape": shape.VJPS,
 }

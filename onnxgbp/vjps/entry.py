@@ -6,13 +6,15 @@ even emitted). `step` is the forward node: `step.x`, `step.input(1)`, `step.y`, 
 
     "Mul": broadcasting(mul_a, mul_b),      a rule for each input; the sweep undoes the broadcast
     "Sum": variadic(passes, broadcast=True), one rule for any number of inputs; it gets the input's index
+    "LSTM": whole(lstm),                     one rule for the whole node: it yields (tensor, dx) for those of the tensors
+                                             asked for that it reads, what its sub-graphs capture included
     "Relu": not here: activations are a table of derivatives in activations.py
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeAlias
 
 import onnx_ir as ir
@@ -20,17 +22,24 @@ import onnx_ir as ir
 from onnxgbp.emit import Emit
 from onnxgbp.step import Step
 
-__all__ = ["Entry", "Vjp", "broadcasting", "inputs", "variadic"]
+__all__ = ["Entry", "Vjp", "broadcasting", "inputs", "variadic", "whole"]
 
 Vjp: TypeAlias = "Callable[[Emit, Step], ir.Value]"
+Together: TypeAlias = "Callable[[Emit, Step, Collection[ir.Value]], Iterable[tuple[ir.Value, ir.Value]]]"
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """vjp: the gradient for input `index`, or None; broadcasts: the inputs were broadcast to y as numpy does."""
+    """vjp: the gradient for input `index`, or None; broadcasts: the inputs were broadcast to y as numpy does.
+
+    rules: the rule of each input as the table gives it, empty where one serves any number; for the table of operators.
+    together: gives the gradients of all tensors at once, where they share most of their work.
+    """
 
     vjp: Callable[[Emit, Step, int], ir.Value | None]
     broadcasts: bool = False
+    rules: tuple[Vjp | None, ...] = ()
+    together: Together | None = None
 
 
 def inputs(*rules: Vjp | None) -> Entry:
@@ -44,7 +53,7 @@ def inputs(*rules: Vjp | None) -> Entry:
             )
         return rule(op, step)
 
-    return Entry(vjp)
+    return Entry(vjp, rules=rules)
 
 
 def broadcasting(*rules: Vjp | None) -> Entry:
@@ -53,3 +62,11 @@ def broadcasting(*rules: Vjp | None) -> Entry:
 
 def variadic(rule: Callable[[Emit, Step, int], ir.Value], *, broadcast: bool = False) -> Entry:
     return Entry(rule, broadcasts=broadcast)
+
+
+def whole(rule: Together) -> Entry:
+    def vjp(op: Emit, step: Step, index: int) -> ir.Value | None:
+        value = step.input(index)
+        return dict(rule(op, step, [value])).get(value)
+
+    return Entry(vjp, together=rule)

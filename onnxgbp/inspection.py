@@ -1,0 +1,373 @@
+"""What can be said of a model without running it, and the table of operators."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from onnxgbp.activations import ACTIVATIONS, NOT_MONOTONE, RELU_KINDS, Activation
+from onnxgbp.convert import GradientGraph, Rules, describe
+from onnxgbp.differentiate import Path as Nodes
+from onnxgbp.differentiate import find_path, missing_rules
+from onnxgbp.emit import dims_of
+from onnxgbp.errors import OnnxgbpError
+from onnxgbp.model import METADATA, OLDEST_OPSET, Source, load
+from onnxgbp.recognise import recognise
+from onnxgbp.rules import Choice, choose, parse_activations, parse_rules
+from onnxgbp.step import label
+from onnxgbp.target import Explained, explained_tensor, parse_unit, stripped_text, wrt_tensors
+from onnxgbp.vjps import FAMILIES, ZERO_GRADIENT, Entry
+
+__all__ = ["Inspection", "inspect_model", "operator_markdown", "operator_table", "operator_text"]
+
+_MANY = 5  # names of nodes that a line of text shows; JSON has them all
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """The findings, as `to_dict` gives them: plain values, ready for JSON."""
+
+    findings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.findings
+
+    def to_text(self) -> str:
+        found = self.findings
+        lines = [
+            f"{found['file']}: opset {found['opset']}, IR {found['ir_version']}, sha256 {found['sha256'][:12]}...",
+            *(f"input      {_value_text(value)}" for value in found["inputs"]),
+            *(f"output     {_value_text(value)}" for value in found["outputs"]),
+        ]
+        counts = ", ".join(f"{count} {name}" for name, count in found["operators"].items())
+        lines.append(f"operators  {counts}")
+        lines += _converted_text(found) if found["converted"] else _source_text(found)
+        return "\n".join(lines)
+
+
+def inspect_model(
+    model: str | Path,
+    *,
+    method: str = "guided",
+    target: str | int = "argmax",
+    output: str | None = None,
+    unit: str | int | Sequence[int] | None = None,
+    wrt: str | Sequence[str] = (),
+    rule: Rules = (),
+    activations: str | Sequence[str] = "all",
+    profile: str = "ort",
+) -> Inspection:
+    """Says what `convert` would do with a model under the same options, or what an already converted file holds.
+
+    A model that cannot be converted is no error: what stands in the way is listed under `obstacles` and `missing`.
+
+    Raises:
+        OnnxgbpError: the file cannot be read as a model.
+    """
+    source = load(model)
+    proto = onnx.load(model, load_external_data=False)
+    facts = {"file": str(model), "sha256": source.sha256} | _file_facts(proto)
+    if METADATA + "method" in source.model.metadata_props:
+        return Inspection(facts | {"converted": True} | _converted_facts(proto))
+    options: dict[str, Any] = {"method": method, "rule": list(rule), "activations": activations}
+    place: dict[str, Any] = {"target": target, "output": output, "unit": unit, "wrt": wrt}
+    found = _source_facts(source, options, place)
+    if not found["missing"] and not found["obstacles"]:
+        try:
+            made = GradientGraph.build(source, **place).render(**options, profile=profile)
+            found["notes"] += _raised(proto, made)
+        except OnnxgbpError as error:
+            found["obstacles"].append(str(error))
+    found["convertible"] = not found["missing"] and not found["obstacles"]
+    asked = {"method": method, "target": str(target), "unit": None if unit is None else list(parse_unit(unit) or ())}
+    return Inspection(facts | {"converted": False} | asked | found)
+
+
+def _file_facts(proto: onnx.ModelProto) -> dict[str, Any]:
+    opsets = {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import}
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    counts = collections.Counter(_operator(node.domain, node.op_type) for node in proto.graph.node)
+    return {
+        "opset": opsets.get("ai.onnx", 0),
+        "opsets": opsets,
+        "ir_version": proto.ir_version,
+        "producer": proto.producer_name,
+        "inputs": [_value_facts(value) for value in proto.graph.input if value.name not in constants],
+        "outputs": [_value_facts(value) for value in proto.graph.output],
+        "operators": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+    }
+
+
+def _operator(domain: str, op_type: str) -> str:
+    return op_type if domain in ("", "ai.onnx") else f"{domain}::{op_type}"
+
+
+def _value_facts(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    if not value.type.HasField("tensor_type"):
+        return {"name": value.name, "dtype": str(value.type.WhichOneof("value")).removesuffix("_type"), "shape": None}
+    tensor = value.type.tensor_type
+    dims = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim]
+    dtype = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    return {"name": value.name, "dtype": dtype, "shape": dims if tensor.HasField("shape") else None}
+
+
+def _converted_facts(proto: onnx.ModelProto) -> dict[str, Any]:
+    """What the metadata says; a list of labels is as long as the classes are many, so only its length is told."""
+    said = {e.key.removeprefix(METADATA): e.value for e in proto.metadata_props if e.key.startswith(METADATA)}
+    facts: dict[str, Any] = dict(said)
+    for name in ("wrt", "rules", "labels", "preprocessing"):
+        if name in said:
+            try:
+                facts[name] = json.loads(said[name])
+            except ValueError:
+                continue  # written by someone else: as it stands
+    if isinstance(facts.get("labels"), list):
+        facts["labels"] = len(facts["labels"])
+    try:
+        line = describe(proto)
+    except (KeyError, ValueError):
+        line = "its metadata is not complete"
+    return {"holds": line, "recorded": facts}
+
+
+def _source_facts(source: Source, options: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
+    graph, obstacles = source.model.graph, list[str]()
+    names = [place["wrt"]] if isinstance(place["wrt"], str) else list(place["wrt"])
+    inputs, explained, path = list[ir.Value](), None, Nodes()
+    try:
+        inputs = wrt_tensors(graph, names)
+        explained = explained_tensor(graph, inputs, place["output"])
+        path = find_path(graph, explained.tensor, inputs)
+    except OnnxgbpError as error:
+        obstacles.append(str(error))
+    found = recognise(graph)
+    passed = _passed(path, explained.tensor, found) if explained is not None else []
+    missing = missing_rules(path, explained.tensor, found) if explained is not None else []
+    choices = list[Choice]()
+    try:
+        rules, kinds = parse_rules(options["method"], options["rule"]), parse_activations(options["activations"])
+        choices = list(choose(passed, rules, kinds).values())
+    except OnnxgbpError as error:
+        obstacles.append(str(error))
+    return {
+        "explained": _explained_facts(explained) if explained is not None else None,
+        "wrt": [_tensor_facts(value) for value in inputs],
+        "activations": [_choice_facts(choice) for choice in choices],
+        "plain": [choice.name for choice in choices if choice.rule == "gradient"],
+        "not_reached": [label(node) for node, activation in found.items() if activation not in passed],
+        "missing": _missing_facts(missing),
+        "obstacles": obstacles,
+        "notes": _notes(explained, found, choices) if explained is not None else [],
+    }
+
+
+def _passed(path: Nodes, tensor: ir.Value, found: Mapping[ir.Node, Activation]) -> list[Activation]:
+    """The activations that the gradient passes, in forward order: those inside another's group are not."""
+    reached, passed = {tensor}, []
+    for node in reversed(path):
+        if not any(value in reached for value in node.outputs):
+            continue
+        if node in found:
+            passed.append(found[node])
+            reached.add(found[node].x)
+        else:
+            reached.update(value for value in node.inputs if value is not None)
+    return passed[::-1]
+
+
+def _tensor_facts(value: ir.Value) -> dict[str, Any]:
+    dims = dims_of(value)
+    dtype = value.dtype.name.lower() if value.dtype is not None else None
+    return {"name": value.name, "dtype": dtype, "shape": list(dims) if dims is not None else None}
+
+
+def _explained_facts(explained: Explained) -> dict[str, Any]:
+    return _tensor_facts(explained.tensor) | {
+        "output": explained.output.name if explained.output is not None else None,
+        "stripped": [{"operator": node.op_type, "node": label(node)} for node in explained.stripped],
+    }
+
+
+def _choice_facts(choice: Choice) -> dict[str, Any]:
+    activation = choice.activation
+    return {
+        "node": choice.name,
+        "output": activation.y.name,
+        "kind": activation.kind,
+        "spelled": activation.spelled,
+        "rule": choice.rule,
+        "reason": choice.reason,
+        "gate": activation.gate,
+        "note": choice.note,
+    }
+
+
+def _missing_facts(missing: Iterable[ir.Node]) -> list[dict[str, Any]]:
+    """One row per operator."""
+    nodes: dict[str, list[str]] = {}
+    for node in missing:
+        nodes.setdefault(_operator(node.domain, node.op_type), []).append(label(node))
+    return [{"operator": operator, "count": len(names), "nodes": names} for operator, names in nodes.items()]
+
+
+def _notes(explained: Explained, found: Mapping[ir.Node, Activation], choices: Sequence[Choice]) -> list[str]:
+    notes = [stripped_text(explained)] if explained.stripped else []
+    maker = explained.tensor.producer()
+    own = found.get(maker) if maker is not None else None
+    if explained.behind_relu or (own is not None and own.kind in RELU_KINDS):
+        notes.append(
+            f"'{explained.tensor.name}' is the output of a ReLU, which is passed too: an inactive unit gives an "
+            "all-zero guided map"
+        )
+    if not choices:
+        notes.append("no activation lies on the path: every method gives the plain gradient")
+    return notes
+
+
+def _raised(proto: onnx.ModelProto, made: onnx.ModelProto) -> list[str]:
+    before, after = (
+        next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+        for model in (proto, made)
+    )
+    return [f"the converted file has opset {after}, which its gradient needs"] if after > before else []
+
+
+def _value_text(value: Mapping[str, Any]) -> str:
+    shape = (
+        "of unknown shape" if value["shape"] is None else f"[{', '.join(str(dim or '?') for dim in value['shape'])}]"
+    )
+    return f"{value['name']}: {value['dtype']} {shape}"
+
+
+def _converted_text(found: Mapping[str, Any]) -> list[str]:
+    rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in found["recorded"].items()]
+    return [f"converted  {found['holds']}", *_aligned([(f"  {name}", value) for name, value in sorted(rows)])]
+
+
+def _source_text(found: Mapping[str, Any]) -> list[str]:
+    lines = [f"explained  {_value_text(found['explained'])}"] if found["explained"] else []
+    lines += [f"wrt        {_value_text(value)}" for value in found["wrt"]]
+    lines += [f"note       {note}" for note in found["notes"]]
+    rows = found["activations"]
+    if rows:
+        plain = len(found["plain"])
+        lines.append(f"activations on the path: {len(rows)}, {plain} of them plain")
+        lines += _aligned(
+            [
+                (
+                    f"  {row['node']}",
+                    row["kind"] if row["spelled"] == row["kind"] else f"{row['kind']} as {row['spelled']}",
+                    row["rule"],
+                    "; ".join(filter(None, (row["reason"], row["note"]))),
+                )
+                for row in rows
+            ]
+        )
+    for row in found["missing"]:
+        names = ", ".join(f"'{name}'" for name in row["nodes"][:_MANY]) + (", ..." if row["count"] > _MANY else "")
+        lines.append(f"missing    no gradient rule for {row['operator']}, {row['count']} nodes: {names}")
+    lines += [f"obstacle   {obstacle}" for obstacle in found["obstacles"]]
+    lines.append(f"convertible: {'yes' if found['convertible'] else 'no'}")
+    return lines
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def operator_table() -> list[dict[str, Any]]:
+    """What is known of each operator: one row each, sorted by family as the tables are.
+
+    A row holds operator, domain, family, opsets (from the first to the last version of its definition, none before
+    7; empty for what is no operator), differentiated (the names of its inputs that have a gradient), note.
+    """
+    rows = [
+        _operator_row(operator, family, _differentiated(operator, entry), "")
+        for family, entries in FAMILIES.items()
+        for operator, entry in sorted(entries.items())
+    ]
+    for kind in ACTIVATIONS:
+        known = _versions(kind, "")
+        inputs = [known[-1].inputs[0].name] if known else ["x"]
+        rows.append(_operator_row(kind, "activation", inputs, _activation_note(kind, bool(known))))
+    zero = "piecewise constant, or no function of the values: its gradient is zero"
+    return rows + [_operator_row(operator, "zero gradient", [], zero) for operator in sorted(ZERO_GRADIENT)]
+
+
+def _operator_row(operator: str, family: str, differentiated: list[str], note: str) -> dict[str, Any]:
+    domain, _, name = operator.rpartition("::")
+    versions = sorted({max(schema.since_version, 1 if domain else OLDEST_OPSET) for schema in _versions(name, domain)})
+    opsets = "-".join(map(str, dict.fromkeys((versions[0], versions[-1])))) if versions else ""
+    return {
+        "operator": name,
+        "domain": domain or "ai.onnx",
+        "family": family,
+        "opsets": opsets,
+        "differentiated": differentiated,
+        "note": note,
+    }
+
+
+def _differentiated(operator: str, entry: Entry) -> list[str]:
+    domain, _, name = operator.rpartition("::")
+    schemas = _versions(name, domain)
+    names = [formal.name for formal in schemas[-1].inputs] if schemas else []
+    if not entry.rules:  # one rule for any number of inputs
+        return [f"{names[0]}..." if names else "every input"]
+    return [names[i] if i < len(names) else str(i) for i, rule in enumerate(entry.rules) if rule is not None]
+
+
+def _activation_note(kind: str, operator: bool) -> str:
+    notes = []
+    if not operator:
+        notes.append("a form of another operator, found by what it computes")
+    if kind in NOT_MONOTONE:
+        notes.append("its slope is negative for some x")
+    elif kind not in RELU_KINDS:
+        notes.append("the papers define the rules for ReLU only")
+    return "; ".join(notes)
+
+
+@functools.cache
+def _versions(name: str, domain: str) -> list[onnx.defs.OpSchema]:
+    """Every definition of an operator, oldest first."""
+    return sorted(_schemas().get((domain, name), []), key=lambda schema: schema.since_version)
+
+
+@functools.cache
+def _schemas() -> dict[tuple[str, str], list[onnx.defs.OpSchema]]:
+    schemas: dict[tuple[str, str], list[onnx.defs.OpSchema]] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        schemas.setdefault((schema.domain, schema.name), []).append(schema)
+    return schemas
+
+
+_HEADINGS = ("operator", "family", "opsets", "differentiated", "note")
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    name = row["operator"] if row["domain"] == "ai.onnx" else f"{row['domain']}::{row['operator']}"
+    return [name, row["family"], row["opsets"], ", ".join(row["differentiated"]), row["note"]]
+
+
+def operator_text() -> str:
+    """The table for a terminal."""
+    return "\n".join(_aligned([_HEADINGS, *(_cells(row) for row in operator_table())]))
+
+
+def operator_markdown() -> str:
+    """The table for the README: one line per family, since a line per operator would be most of that page."""
+    families: dict[str, list[str]] = {}
+    for row in operator_table():
+        families.setdefault(row["family"], []).append(_cells(row)[0])
+    lines = ["| family | operators |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {family} | {', '.join(names)} |" for family, names in families.items())])

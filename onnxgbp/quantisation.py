@@ -1,0 +1,180 @@
+"""Quantised tensors: what a QuantizeLinear does to its input, as far as a gradient must know.
+
+A pair of QuantizeLinear and DequantizeLinear is the identity, rounded to steps of `scale` and clipped to the range of the
+integers. The straight-through estimator takes the rounding for the identity and keeps the clip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxgbp.constants import constant_value
+from onnxgbp.emit import is_float
+from onnxgbp.step import Step
+
+__all__ = ["REFUSED", "Quantiser", "carries_integers", "hidden_relu", "quantiser", "scale_of"]
+
+Array = npt.NDArray[np.float64]
+
+_INTEGERS = {
+    ir.DataType.INT4: 4,
+    ir.DataType.UINT4: 4,
+    ir.DataType.INT8: 8,
+    ir.DataType.UINT8: 8,
+    ir.DataType.INT16: 16,
+    ir.DataType.UINT16: 16,
+}
+_FLOAT8 = {
+    ir.DataType.FLOAT8E4M3FN,
+    ir.DataType.FLOAT8E4M3FNUZ,
+    ir.DataType.FLOAT8E5M2,
+    ir.DataType.FLOAT8E5M2FNUZ,
+}
+
+_QOPERATOR = "it computes in integers; quantise the model in the QDQ format instead (QuantFormat.QDQ)"
+_DYNAMIC = "its range is computed while the model runs; quantise the model statically in the QDQ format (quantize_static)"
+
+# Operators of quantised models without a gradient: why, and the way out.
+REFUSED = {
+    "ConvInteger": _DYNAMIC,
+    "DynamicQuantizeLinear": _DYNAMIC,
+    "MatMulInteger": _DYNAMIC,
+    "QLinearConv": _QOPERATOR,
+    "QLinearMatMul": _QOPERATOR,
+    "com.microsoft::DynamicQuantizeLSTM": _DYNAMIC,
+    "com.microsoft::DynamicQuantizeMatMul": _DYNAMIC,
+    "com.microsoft::MatMulIntegerToFloat": _DYNAMIC,
+    "com.microsoft::QAttention": _DYNAMIC,
+    "com.microsoft::QEmbedLayerNormalization": _QOPERATOR,
+    "com.microsoft::QGemm": _QOPERATOR,
+} | {
+    f"com.microsoft::QLinear{name}": _QOPERATOR
+    for name in (
+        "Add",
+        "AveragePool",
+        "Concat",
+        "GlobalAveragePool",
+        "LeakyRelu",
+        "Mul",
+        "ReduceMean",
+        "Sigmoid",
+        "Softmax",
+        "Where",
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantiser:
+    """What a QuantizeLinear rounds and clips to: real numbers, scalars or of a shape that broadcasts to x.
+
+    scale: the distance of two neighbours; low, high: the ends of the range.
+    """
+
+    scale: Array
+    low: Array
+    high: Array
+
+
+def quantiser(node: ir.Node) -> Quantiser:
+    """Reads the parameters of a QuantizeLinear.
+
+    Raises:
+        OnnxgbpError: they are computed while the model runs, one for each block, or of a float type.
+    """
+    step = Step(node)
+    kind = step.y.dtype
+    if kind not in _INTEGERS:
+        raise step.refuse(f"it quantises to {kind.name if kind else 'an unknown type'}; quantise to integers instead")
+    bits = _INTEGERS[kind]
+    smallest = -(2 ** (bits - 1)) if kind.name.startswith("INT") else 0
+    scale, zero = scale_of(step), _parameter(step, 2) if step.has(2) else np.zeros(())
+    return Quantiser(scale, (smallest - zero) * scale, (smallest + 2**bits - 1 - zero) * scale)
+
+
+def scale_of(step: Step) -> Array:
+    """The scale of a QuantizeLinear or a DequantizeLinear, ready to broadcast to its input."""
+    if step.argument("block_size"):
+        raise step.refuse("it quantises in blocks; quantise activations per tensor or per axis instead")
+    return _parameter(step, 1)
+
+
+def _parameter(step: Step, index: int) -> Array:
+    array = constant_value(step.input(index))
+    if array is None:
+        raise step.refuse(_DYNAMIC)
+    wide = np.asarray(array, np.float64)
+    if wide.size == 1:
+        return wide.reshape(())
+    axis = int(step.argument("axis"))
+    return wide.reshape([-1] + [1] * (step.rank() - 1 - axis % step.rank()))
+
+
+# Their result cannot be negative, whatever they read.
+_NON_NEGATIVE = frozenset("Abs Exp HardSigmoid Relu ReduceL1 ReduceL2 Sigmoid Softmax Softplus Sqrt".split())
+# Their result is not negative where none of their inputs is.
+_KEEPS_SIGN = frozenset(
+    "Add AveragePool Cast Concat Div Dropout Expand Flatten Gather GlobalAveragePool GlobalMaxPool Identity MaxPool Mean "
+    "Min Mul Pad ReduceMax ReduceMean ReduceSum Reshape Slice Split Squeeze Sum Tile Transpose Unsqueeze".split()
+)
+
+
+def hidden_relu(node: ir.Node) -> Quantiser | None:
+    """The quantiser of a QuantizeLinear that is a ReLU as well, or None.
+
+    A range that starts at 0 clips what is negative: quantisers write the ReLU behind a layer so, and delete the operator.
+    Where x cannot be negative anyway there was none: it comes out of a ReLU, or is the model's own input, of which the
+    quantiser saw no negative value.
+    """
+    if node.domain or node.op_type != "QuantizeLinear" or node.outputs[0].dtype not in _INTEGERS:
+        return None
+    if "block_size" in node.attributes or any(constant_value(value) is None for value in node.inputs[1:] if value):
+        return None
+    found = quantiser(node)
+    return None if np.any(found.low != 0) or _non_negative(node.inputs[0], {}) else found
+
+
+def _non_negative(value: ir.Value | None, known: dict[ir.Value, bool]) -> bool:
+    """Whether a tensor holds no negative number, as far as the operators behind it tell."""
+    if value is None:
+        return True  # an optional input that is left out
+    if value not in known:
+        known[value] = False
+        known[value] = _holds_no_negative(value, known)
+    return known[value]
+
+
+def _holds_no_negative(value: ir.Value, known: dict[ir.Value, bool]) -> bool:
+    constant = constant_value(value)
+    if constant is not None:
+        return bool(np.all(constant >= 0))
+    node = value.producer()
+    if node is None:
+        return value.is_graph_input()
+    if node.domain:
+        return False
+    if node.op_type in _KEEPS_SIGN:
+        return all(_non_negative(source, known) for source in node.inputs if source is None or is_float(source))
+    if node.op_type == "Max":
+        return any(_non_negative(source, known) for source in node.inputs)
+    if node.op_type == "Clip":
+        low = Step(node).tensor("min")
+        return bool(constant_value(low) is not None and np.all(constant_value(low) >= 0)) if low else False
+    if node.op_type == "DequantizeLinear":
+        source = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if source is None or source.op_type != "QuantizeLinear":
+            return False
+        return hidden_relu(source) is not None or _non_negative(source.inputs[0], known)
+    return node.op_type in _NON_NEGATIVE
+
+
+def carries_integers(node: ir.Node, value: ir.Value) -> bool:
+    """Whether an output holds integers that stand for real numbers: made by a quantiser, or computed from such."""
+    if node.op_type in ("Cast", "CastLike"):
+        return False
+    return value.dtype in _INTEGERS or value.dtype in _FLOAT8 or node.op_type in ("ConvInteger", "MatMulInteger")
