@@ -5,11 +5,14 @@ Exporters wrap single steps in an `If` (a squeeze, where a dim might not be 1), 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import onnx
 import onnx_ir as ir
 
 from onnxgbp.constants import constant_value
 
-__all__ = ["detach", "inline_constant_ifs"]
+__all__ = ["captured", "detach", "inline_constant_ifs", "loop_states"]
 
 
 def inline_constant_ifs(model: ir.Model) -> bool:
@@ -29,6 +32,20 @@ def inline_constant_ifs(model: ir.Model) -> bool:
         for value in (value for node in graph for value in node.outputs):
             value.meta.pop("constant", None)  # what was unknown before may be known now
     return bool(known)
+
+
+def captured(node: ir.Node) -> list[ir.Value]:
+    """What the bodies of a node's control flow read from outside of it."""
+    inside: set[ir.Value] = set()
+    read: dict[ir.Value, None] = {}
+    for attribute in node.attributes.values():
+        if attribute.type != ir.AttributeType.GRAPH:
+            continue
+        body = attribute.as_graph()
+        for scope in (body, *body.subgraphs()):
+            inside.update(scope.inputs, scope.initializers.values(), *(inner.outputs for inner in scope))
+            read.update((value, None) for inner in scope for value in inner.inputs if value is not None)
+    return [value for value in read if value not in inside]
 
 
 def detach(graph: ir.Graph) -> None:
@@ -53,9 +70,9 @@ def _inline(graph: ir.Graph, choice: ir.Node, branch: ir.Graph) -> None:
     results, nodes, made = list(branch.outputs), list(branch), set(branch)
     branch.outputs.clear()
     branch.remove(nodes)
-    for name, value in list(branch.initializers.items()):
-        del branch.initializers[name]
-        value.name = _free(name, names)
+    for key, value in list(branch.initializers.items()):
+        del branch.initializers[key]
+        value.name = _free(key, names)
         if int(graph.meta["ir_version"]) >= 4:
             graph.register_initializer(value)
             continue
@@ -94,3 +111,33 @@ def _free(name: str, names: set[str | None]) -> str:
         free = f"{name}_{number}"
     names.add(free)
     return free
+
+
+def loop_states(
+    node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto], opsets: Sequence[onnx.OperatorSetIdProto]
+) -> dict[str, onnx.TypeProto]:
+    """The types of a Loop's last states, where the body hands each on in the shape in which it got it.
+
+    onnx itself gives them no shape, since a body may change it. Here the body is typed as the branch of an `If`, with
+    the first states in place of its inputs.
+    """
+    body = next(attribute.g for attribute in node.attribute if attribute.name == "body")
+    branch = onnx.GraphProto()
+    branch.CopyFrom(body)
+    branch.ClearField("input")
+    for output in branch.output:
+        output.ClearField("type")
+    number, going = (onnx.helper.make_tensor_type_proto(t, []) for t in (onnx.TensorProto.INT64, onnx.TensorProto.BOOL))
+    initial = [types[name] for name in node.input[2:]]
+    scope = {**types, **dict(zip((v.name for v in body.input), (number, going, *initial), strict=False))}
+    names = [f"{place}" for place in range(len(body.output))]
+    choice = onnx.helper.make_node("If", [body.input[1].name], names, then_branch=branch, else_branch=branch)
+    version = next((opset.version for opset in opsets if opset.domain == ""), 1)
+    try:
+        made = onnx.shape_inference.infer_node_outputs(
+            onnx.defs.get_schema("If", version, ""), choice, scope, opset_imports=list(opsets), ir_version=8
+        )
+    except Exception:  # noqa: BLE001 - inference raises many kinds; the states are then not known
+        return {}
+    pairs = zip(node.output, initial, names[1:], strict=False)
+    return {output: first for output, first, name in pairs if output and made.get(name) == first}

@@ -6,11 +6,12 @@ call `Activation(x, y, dy)` that `rules.install` replaces; so one gradient graph
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
 from onnxgbp.activations import Activation
+from onnxgbp.branches import captured
 from onnxgbp.broadcast import unbroadcast
 from onnxgbp.emit import Emit, dims_of, is_float
 from onnxgbp.errors import OnnxgbpError
@@ -18,13 +19,13 @@ from onnxgbp.quantisation import REFUSED, carries_integers
 from onnxgbp.step import Step, label
 from onnxgbp.vjps import VJPS, ZERO_GRADIENT, Entry
 
-__all__ = ["Path", "differentiate", "find_path", "missing_rules"]
+__all__ = ["Path", "backpropagate", "differentiate", "find_path", "missing_rules"]
 
 Path = list[ir.Node]
 
 
-def find_path(graph: ir.Graph, tensor: ir.Value, wrt: Iterable[ir.Value]) -> Path:
-    """The nodes that carry a gradient from `tensor` back to one of `wrt`, in the order of the forward pass."""
+def find_path(graph: ir.Graph, tensor: ir.Value | Iterable[ir.Value], wrt: Iterable[ir.Value]) -> Path:
+    """The nodes that carry a gradient from a tensor, or several, back to one of `wrt`, in the forward order."""
     active = set(wrt)
     forward = []
     for node in graph:
@@ -32,7 +33,7 @@ def find_path(graph: ir.Graph, tensor: ir.Value, wrt: Iterable[ir.Value]) -> Pat
             continue
         forward.append(node)
         active.update(v for v in node.outputs if v.dtype is None or is_float(v) or carries_integers(node, v))
-    needed, path = {tensor}, []
+    needed, path = {tensor} if isinstance(tensor, ir.Value) else set(tensor), []
     for node in reversed(forward):
         if any(value in needed for value in node.outputs):
             path.append(node)
@@ -43,11 +44,7 @@ def find_path(graph: ir.Graph, tensor: ir.Value, wrt: Iterable[ir.Value]) -> Pat
 def _read(node: ir.Node) -> list[ir.Value]:
     """What a node reads, what the bodies of its control flow read from outside included."""
     values = [value for value in node.inputs if value is not None]
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph().all_nodes():
-                values += [v for v in inner.inputs if v is not None and v.graph is node.graph]
-    return values
+    return values + captured(node)
 
 
 def missing_rules(path: Path, tensor: ir.Value, found: Mapping[ir.Node, Activation]) -> list[ir.Node]:
@@ -84,9 +81,27 @@ def differentiate(
     Raises:
         OnnxgbpError: an operator on the path has no rule, or a tensor of `wrt` does not reach `tensor`.
     """
-    path = find_path(op.graph, tensor, wrt)
+    result = backpropagate(op, op.graph, {tensor: seed}, wrt, found)
+    for value, gradient in result.items():
+        if gradient is None:
+            raise OnnxgbpError(
+                f"no gradient reaches '{value.name}' from '{tensor.name}': no differentiable path connects them; "
+                "choose other tensors with --wrt or --output"
+            )
+    return {value: gradient for value, gradient in result.items() if gradient is not None}
+
+
+def backpropagate(
+    op: Emit,
+    graph: ir.Graph,
+    seeds: Mapping[ir.Value, ir.Value],
+    wrt: Collection[ir.Value],
+    found: Mapping[ir.Node, Activation],
+) -> dict[ir.Value, ir.Value | None]:
+    """The sweep itself, over a graph or a sub-graph: the gradient of each of `wrt`, None where none arrives."""
+    path = find_path(graph, seeds, wrt)
     active = set(wrt) | {value for node in path for value in node.outputs}
-    gradients: dict[ir.Value, list[ir.Value]] = {tensor: [seed]}
+    gradients: dict[ir.Value, list[ir.Value]] = {value: [seed] for value, seed in seeds.items()}
     for node in reversed(path):
         dys = [_total(op, gradients, value) for value in node.outputs]
         if all(dy is None for dy in dys):
@@ -95,14 +110,7 @@ def differentiate(
         for value, dx in _step(op, node, dys, found, active):
             gradients.setdefault(value, []).append(_typed(op, dx, value))
     op.scope = "gradient"
-    result = {value: _total(op, gradients, value) for value in wrt}
-    for value, gradient in result.items():
-        if gradient is None:
-            raise OnnxgbpError(
-                f"no gradient reaches '{value.name}' from '{tensor.name}': no differentiable path connects them; "
-                "choose other tensors with --wrt or --output"
-            )
-    return {value: gradient for value, gradient in result.items() if gradient is not None}
+    return {value: _total(op, gradients, value) for value in wrt}
 
 
 def _step(

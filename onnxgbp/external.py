@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import filecmp
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import onnx.external_data_helper
+import onnx_ir as ir
 
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import output_file
@@ -67,16 +69,19 @@ def read(proto: onnx.ModelProto, path: Path | None, where: str) -> None:
                 f"{where}: external data file '{location}' of tensor '{tensor.name}' is missing from {folder}"
             )
         try:
-            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            offset = int(entries.get("offset", 0))
+            needed = math.ceil(ir.DataType(tensor.data_type).itemsize * math.prod(tensor.dims))
+            length = int(entries.get("length", needed))
         except ValueError:
             raise OnnxgbpError(
                 f"{where}: tensor '{tensor.name}' has a malformed offset or length of its external data"
             ) from None
-        if file.stat().st_size < end:
+        end = offset + max(length, needed)
+        if offset < 0 or length < needed or file.stat().st_size < end:
             raise OnnxgbpError(
-                f"{where}: external data file '{location}' is cut off: tensor '{tensor.name}' ends at byte {end}"
+                f"{where}: external data file '{location}' is cut off: tensor '{tensor.name}' needs it to byte {end}"
             )
-        size += int(entries.get("length", file.stat().st_size))
+        size += length
     if size and path is not None and size < PART_OF_FILE:
         onnx.external_data_helper.load_external_data_for_model(proto, str(path.resolve().parent))
 

@@ -167,7 +167,12 @@ class Conv(OpRun):
         for position, cut in window.taps():
             met = padded[cut].reshape(x.shape[0], groups, x.shape[1] // groups, -1)
             at: Any = (..., *position)
-            y += np.ascontiguousarray(kernels[at]) @ met  # a strided matrix would miss BLAS
+            kernel = np.ascontiguousarray(kernels[at])  # a strided matrix would miss BLAS
+            live = kernel.any(axis=(0, 2))  # one-hot kernels, as a portable MaxPool's gradient has, are mostly zero
+            if live.all():
+                y += kernel @ met
+            else:
+                y[:, :, live] += kernel[:, live] @ met
         y = y.reshape(x.shape[0], w.shape[0], *window.out)
         return (y if b is None else y + b.reshape(1, -1, *[1] * len(window.out)),)
 
@@ -189,10 +194,10 @@ class ConvTranspose(OpRun):
         pads: Ints = None,
         strides: Ints = None,
     ) -> tuple[Array]:
-        kernel, rank, groups = w.shape[2:], x.ndim - 2, group or 1
+        sizes, rank, groups = w.shape[2:], x.ndim - 2, group or 1
         steps, spread = list(strides or [1] * rank), list(dilations or [1] * rank)
         extra, edges = list(output_padding or [0] * rank), list(pads or [0] * 2 * rank)
-        full = [s * (n - 1) + (k - 1) * d + 1 for s, n, k, d in zip(steps, x.shape[2:], kernel, spread, strict=True)]
+        full = [s * (n - 1) + (k - 1) * d + 1 for s, n, k, d in zip(steps, x.shape[2:], sizes, spread, strict=True)]
         auto = auto_pad or "NOTSET"
         if output_shape or auto.startswith("SAME"):
             out = list(output_shape or [n * s for n, s in zip(x.shape[2:], steps, strict=True)])[-rank:]
@@ -207,9 +212,11 @@ class ConvTranspose(OpRun):
         y = np.zeros((x.shape[0], groups, channels, *size), x.dtype)
         kernels = np.swapaxes(w.reshape(groups, w.shape[0] // groups, *w.shape[1:]), 1, 2)
         rows = x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
-        for position in itertools.product(*map(range, kernel)):
+        for position in itertools.product(*map(range, sizes)):
             at: Any = (..., *position)
-            part = np.ascontiguousarray(kernels[at]) @ rows
+            kernel = np.ascontiguousarray(kernels[at])
+            live = kernel.any(axis=(0, 1))
+            part = kernel @ rows if live.all() else np.ascontiguousarray(kernel[:, :, live]) @ rows[:, :, live]
             cut = [
                 slice(p * d, p * d + (n - 1) * s + 1, s)
                 for p, d, n, s in zip(position, spread, x.shape[2:], steps, strict=True)

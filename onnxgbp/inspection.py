@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxgbp.activations import ACTIVATIONS, NOT_MONOTONE, RELU_KINDS, Activation
+from onnxgbp.branches import captured
 from onnxgbp.convert import GradientGraph, Rules, describe
 from onnxgbp.differentiate import Path as Nodes
 from onnxgbp.differentiate import find_path, missing_rules
@@ -179,7 +180,7 @@ def _passed(path: Nodes, tensor: ir.Value, found: Mapping[ir.Node, Activation]) 
             passed.append(found[node])
             reached.add(found[node].x)
         else:
-            reached.update(value for value in node.inputs if value is not None)
+            reached.update(value for value in (*node.inputs, *captured(node)) if value is not None)
     return passed[::-1]
 
 

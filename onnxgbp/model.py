@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnxgbp import external
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import write
+from onnxgbp.normalise import normalise
 from onnxgbp.shapes import infer_shapes
 
 __all__ = ["METADATA", "ModelLike", "Source", "load", "raised", "save", "to_proto"]
@@ -74,6 +75,7 @@ def load(source: ModelLike) -> Source:
             odd[output.name] = onnx.TypeProto.FromString(output.type.SerializeToString())
             output.ClearField("type")
     model = _to_ir(proto, path, where)
+    normalise(model)
     infer_shapes(model)
     return Source(model, digest, path, odd)
 
@@ -90,6 +92,7 @@ def to_proto(model: ir.Model, source: Source) -> onnx.ModelProto:
 def raised(source: Source, opset: int) -> Source:
     """The same source in a newer opset, for a gradient that its own cannot spell."""
     model = _to_ir(_raise_opset(to_proto(source.model, source), opset), source.path, source.name)
+    normalise(model)
     infer_shapes(model)
     return dataclasses.replace(source, model=model)
 

@@ -1,13 +1,12 @@
 """Quantised tensors: what a QuantizeLinear does to its input, as far as a gradient must know.
 
-A pair of QuantizeLinear and DequantizeLinear is the identity, rounded to steps of `scale` and clipped to the range of the
-integers. The straight-through estimator takes the rounding for the identity and keeps the clip.
+A pair of QuantizeLinear and DequantizeLinear is the identity, rounded to steps of `scale` and clipped to the range of
+the integers. The straight-through estimator takes the rounding for the identity and keeps the clip.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +36,12 @@ _FLOAT8 = {
 }
 
 _QOPERATOR = "it computes in integers; quantise the model in the QDQ format instead (QuantFormat.QDQ)"
-_DYNAMIC = "its range is computed while the model runs; quantise the model statically in the QDQ format (quantize_static)"
+_DYNAMIC = (
+    "its range is computed while the model runs; quantise the model statically in the QDQ format (quantize_static)"
+)
+_OWN_DOMAIN = (
+    "it is ONNX Runtime's own form for 16 bits; quantise a model of opset 21 or newer, which writes the standard's"
+)
 
 # Operators of quantised models without a gradient: why, and the way out.
 REFUSED = {
@@ -46,12 +50,15 @@ REFUSED = {
     "MatMulInteger": _DYNAMIC,
     "QLinearConv": _QOPERATOR,
     "QLinearMatMul": _QOPERATOR,
+    "com.microsoft::DequantizeLinear": _OWN_DOMAIN,
     "com.microsoft::DynamicQuantizeLSTM": _DYNAMIC,
     "com.microsoft::DynamicQuantizeMatMul": _DYNAMIC,
     "com.microsoft::MatMulIntegerToFloat": _DYNAMIC,
+    "com.microsoft::NhwcMaxPool": _QOPERATOR,
     "com.microsoft::QAttention": _DYNAMIC,
     "com.microsoft::QEmbedLayerNormalization": _QOPERATOR,
     "com.microsoft::QGemm": _QOPERATOR,
+    "com.microsoft::QuantizeLinear": _OWN_DOMAIN,
 } | {
     f"com.microsoft::QLinear{name}": _QOPERATOR
     for name in (
@@ -119,17 +126,17 @@ def _parameter(step: Step, index: int) -> Array:
 _NON_NEGATIVE = frozenset("Abs Exp HardSigmoid Relu ReduceL1 ReduceL2 Sigmoid Softmax Softplus Sqrt".split())
 # Their result is not negative where none of their inputs is.
 _KEEPS_SIGN = frozenset(
-    "Add AveragePool Cast Concat Div Dropout Expand Flatten Gather GlobalAveragePool GlobalMaxPool Identity MaxPool Mean "
-    "Min Mul Pad ReduceMax ReduceMean ReduceSum Reshape Slice Split Squeeze Sum Tile Transpose Unsqueeze".split()
+    "Add AveragePool Cast Concat Div Dropout Expand Flatten Gather GlobalAveragePool GlobalMaxPool Identity MaxPool "
+    "Mean Min Mul Pad ReduceMax ReduceMean ReduceSum Reshape Slice Split Squeeze Sum Tile Transpose Unsqueeze".split()
 )
 
 
 def hidden_relu(node: ir.Node) -> Quantiser | None:
     """The quantiser of a QuantizeLinear that is a ReLU as well, or None.
 
-    A range that starts at 0 clips what is negative: quantisers write the ReLU behind a layer so, and delete the operator.
-    Where x cannot be negative anyway there was none: it comes out of a ReLU, or is the model's own input, of which the
-    quantiser saw no negative value.
+    A range that starts at 0 clips what is negative: so quantisers write the ReLU behind a layer, and delete the
+    operator. Where x cannot be negative anyway there was none: it comes out of a ReLU, or is the model's own input, of
+    which the quantiser saw no negative value.
     """
     if node.domain or node.op_type != "QuantizeLinear" or node.outputs[0].dtype not in _INTEGERS:
         return None
@@ -163,8 +170,8 @@ def _holds_no_negative(value: ir.Value, known: dict[ir.Value, bool]) -> bool:
     if node.op_type == "Max":
         return any(_non_negative(source, known) for source in node.inputs)
     if node.op_type == "Clip":
-        low = Step(node).tensor("min")
-        return bool(constant_value(low) is not None and np.all(constant_value(low) >= 0)) if low else False
+        low = constant_value(Step(node).tensor("min"))
+        return low is not None and bool(np.all(low >= 0))
     if node.op_type == "DequantizeLinear":
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
         if source is None or source.op_type != "QuantizeLinear":

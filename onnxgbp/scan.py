@@ -59,8 +59,11 @@ def scan(
     node = results[0].producer()
     assert node is not None  # it has just been written
     node.meta["length"] = length
-    for result, inner in zip(results, [*states, *stacked], strict=True):
-        result.type = inner.type
+    for result, like in zip(results, states, strict=False):
+        op.typed(result, like)
+    for result, inner in zip(results[len(states) :], stacked, strict=True):
+        dims = dims_of(inner)
+        result.type, result.shape = inner.type, None if dims is None else ir.Shape([length, *dims])
     last, outputs = list(results[: len(states)]), list(results[len(states) :])
     return last, [flipped(op, output) for output in outputs] if reverse else outputs
 
@@ -80,9 +83,11 @@ def unroll_scans(op: Emit) -> None:
     """Writes out every recurrence of the gradient, one copy of its body for each step.
 
     Raises:
-        OnnxgbpError: the length of a sequence is free.
+        OnnxgbpError: the length of a sequence is free, or the gradient has other control flow.
     """
     for node in list(op.graph):
+        if not node.domain and node.op_type in ("If", "Loop") and not node.meta.get("forward"):
+            raise OnnxgbpError(f"the portable profile has no control flow, which '{node.name}' needs: use profile ort")
         if node.op_type != "Scan" or "length" not in node.meta:
             continue
         if not isinstance(node.meta["length"], int):

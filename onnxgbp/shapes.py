@@ -64,7 +64,10 @@ def infer_shapes(model: ir.Model) -> None:
 
 
 # Operators for which onnx infers no shape: theirs is that of the first input.
-_UNKNOWN_TO_ONNX = frozenset({"MeanVarianceNormalization"})
+_UNKNOWN_TO_ONNX = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
+
+
+_POOLS = frozenset({"AveragePool", "LpPool", "MaxPool"})
 
 
 @dataclasses.dataclass
@@ -141,10 +144,27 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> tu
         except Exception:  # noqa: BLE001, S112 - inference raises many kinds; the tensors behind the node are then not known
             continue
         types.update(outputs)
-        if entry.node.op_type in _UNKNOWN_TO_ONNX and entry.proto.output[0] not in types:
+        if entry.node.op_type in _UNKNOWN_TO_ONNX:
             types[entry.proto.output[0]] = types[inputs[0]]
+        if entry.node.op_type in _POOLS:
+            _drop_outer_windows(entry, types)
         _compute(entry, types, known)
     return types, known
+
+
+def _drop_outer_windows(entry: _Node, types: Types) -> None:
+    """With ceil_mode onnx counts a last window that starts in the end padding; the standard and runtimes do not."""
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in entry.proto.attribute}
+    if not attributes.get("ceil_mode") or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+        return
+    x, rank = types[entry.proto.input[0]].tensor_type.shape.dim, len(attributes["kernel_shape"])
+    strides = attributes.get("strides", [1] * rank)
+    begins = attributes.get("pads", [0] * rank * 2)[:rank]
+    for name in entry.proto.output:
+        for axis, dim in enumerate(types[name].tensor_type.shape.dim[2:] if name else []):
+            size = x[axis + 2]
+            if size.HasField("dim_value") and dim.HasField("dim_value"):
+                dim.dim_value -= (dim.dim_value - 1) * strides[axis] >= size.dim_value + begins[axis]
 
 
 def _compute(entry: _Node, types: Types, known: dict[str, onnx.TensorProto]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -48,8 +49,8 @@ def parse_target(target: str | int) -> str | int:
     if isinstance(target, str) and target in ("argmax", "input", "seed"):
         return target
     try:
-        return int(target)
-    except ValueError:
+        return int(target) if isinstance(target, str) else operator.index(target)
+    except (ValueError, TypeError):
         raise OnnxgbpError(f"target '{target}' is none of argmax, input, seed or a class index") from None
 
 
@@ -63,7 +64,7 @@ def parse_unit(unit: str | int | Sequence[int] | None) -> tuple[int, ...] | None
         return None
     parts: Sequence[str | int] = unit.split(",") if isinstance(unit, str) else [unit] if isinstance(unit, int) else unit
     try:
-        return tuple(int(part) for part in parts)
+        return tuple(int(part) if isinstance(part, str) else operator.index(part) for part in parts)
     except (ValueError, TypeError):
         raise OnnxgbpError(f"unit '{unit}' is not a list of integers such as 3 or 3,7,7") from None
 

@@ -40,7 +40,9 @@ _COSINE, _MEDIAN = 1e-4, 1e-4  # 1 - cosine; the median of the relative error, w
 # float64: the step is small enough that hardly a ReLU switches within it, and large enough to leave seven digits.
 # float32: differences lose half of the digits, and within the larger step that this asks for, many a ReLU switches.
 _DIFFERENCE = {"float64": 1e-4, "float32": 5e-2}
-_STEP = {"float64": 1e-8, "float32": 1e-3}  # in units of the input's root mean square
+# In units of the input's root mean square, tried until one agrees: which is right depends on how far the gradient is
+# below the scores. A wrong gradient agrees with none, least of all along several directions.
+_STEPS = {"float64": (1e-7, 1e-8, 1e-6), "float32": (1e-3, 1e-2)}
 _RUNTIME = 2e-2  # 1 - cosine: in a small net one MaxPool that decides otherwise in float32 has cost 6e-3
 _DIRECTIONS = 2  # random ones, besides the gradient's own
 _AFFORDABLE = 1e12  # multiplications: about two minutes on one core
@@ -302,16 +304,16 @@ class _Verification:
         if quantised:
             return Check("", True, f"not applicable: {quantised[0]} makes the forward pass piecewise constant")
         gradient = self.proto if self.record.plain else self.record.convert(self.forward_model, plain=True)
-        kind, errors = "float64", list[float]()
+        kind, step, errors = "float64", 0.0, list[float]()
         if self.cost > _AFFORDABLE:
             kind = "float32"
         else:
             try:
-                errors = self._directions(gradient, kind)
+                step, errors = self._best_step(gradient, kind)
             except Exception:  # noqa: BLE001 - an operator that the reference evaluator lacks, or has no float64 of
                 kind = "float32"
         if kind == "float32":
-            errors = self._directions(gradient, kind)
+            step, errors = self._best_step(gradient, kind)
         # A ReLU or a MaxPool that switches within the step spoils one direction, seldom most of them.
         error, which = (
             float(np.median(errors)),
@@ -319,15 +321,24 @@ class _Verification:
         )
         said = (
             f"{which}, against central differences in {kind}: median relative error over {len(errors)} directions, "
-            f"step {_STEP[kind]:g}, largest {max(errors):.2g}"
+            f"step {step:g}, largest {max(errors):.2g}"
         )
         if errors == [0.0] * len(errors):
             said += "; both are zero at this input"
         return Check("", error <= _DIFFERENCE[kind], said, error, _DIFFERENCE[kind])
 
-    def _directions(self, gradient: onnx.ModelProto, kind: str) -> list[float]:
+    def _best_step(self, gradient: onnx.ModelProto, kind: str) -> tuple[float, list[float]]:
+        """The first step that agrees, or else the nearest, with the relative errors along the directions."""
         feeds = self._cast(self._with_extra(self.feeds), kind)
         found = self._engine(_extract(gradient, self._types, list(self.record.results)), kind)(feeds)
+        tried = []
+        for step in _STEPS[kind]:
+            tried.append((step, self._directions(found, kind, step)))
+            if np.median(tried[-1][1]) <= _DIFFERENCE[kind]:
+                break
+        return min(tried, key=lambda one: float(np.median(one[1])))
+
+    def _directions(self, found: Arrays, kind: str, relative: float) -> list[float]:
         errors = []
         for result, name in self.record.results.items():
             cut = _extract(self.forward, self._types, [self.record.said["explained"]], stop={name})
@@ -338,7 +349,7 @@ class _Verification:
             score = functools.partial(self._score, run, base, name, seed)
             length = float(np.linalg.norm(slope))
             unit = math.sqrt(x.size)
-            step = _STEP[kind] * (float(np.sqrt(np.mean(np.square(x)))) or 1.0)
+            step = relative * (float(np.sqrt(np.mean(np.square(x)))) or 1.0)
             rng = np.random.default_rng(1)
             directions = [rng.standard_normal(x.shape) for _ in range(_DIRECTIONS)]
             if length:
@@ -419,6 +430,10 @@ class _Verification:
         keep = [] if self.record.missing else [self.record.said["explained"], *self.record.wrt]
         cut = _extract(self.proto, self._types, [*names, *(name for name in keep if name in self._types)])
         del cut.graph.output[len(names) :]
+        read = {value.name for value in cut.graph.input}
+        cut.graph.input.extend(
+            value for value in self._fed if value.name not in read
+        )  # a caller feeds them all the same
         return cut
 
     @property
@@ -437,7 +452,7 @@ class _Verification:
     @functools.cached_property
     def inner_run(self) -> Run:
         """The forward part up to the explained tensor and those that are attributed to."""
-        inner = [name for name in self.record.wrt if name not in {value.name for value in self.forward.graph.input}]
+        inner = [name for name in self.record.wrt if name not in {value.name for value in self._fed}]
         return _session(_extract(self.forward, self._types, [self.record.said["explained"], *inner]))
 
     @functools.cached_property
@@ -446,8 +461,11 @@ class _Verification:
 
     @functools.cached_property
     def _fed(self) -> list[onnx.ValueInfoProto]:
-        constants = {tensor.name for tensor in self.forward.graph.initializer}
-        return [value for value in self.forward.graph.input if value.name not in constants]
+        """The inputs of the source, as the file has them."""
+        graph = self.proto.graph
+        added = {"input": "target", "seed": "seed"}.get(self.record.said.get("target", ""))
+        other = {tensor.name for tensor in graph.initializer} | {added}
+        return [value for value in graph.input if value.name not in other]
 
     @functools.cached_property
     def free_sizes(self) -> tuple[int, int]:
@@ -634,7 +652,7 @@ def _extract(
     cut.graph.node.extend(node for node in graph.node if needed & set(node.output) and not stop & set(node.output))
     cut.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed - stop)
     inputs = {value.name: value for value in graph.input}
-    cut.graph.input.extend(value for value in graph.input if value.name in needed or value.name not in types)
+    cut.graph.input.extend(value for value in graph.input if value.name in needed)
     fresh = [name for name in sorted(stop) if name not in inputs]
     cut.graph.input.extend(onnx.helper.make_tensor_value_info(name, types[name], None) for name in fresh)
     declared = {value.name: value for value in graph.output}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from onnxgbp.vjps import elementwise, linear, norm, pool, quantised, recurrent, reduce, shape
+from onnxgbp.vjps import control, elementwise, linear, norm, pool, quantised, recurrent, reduce, shape
 from onnxgbp.vjps.entry import Entry
 
 __all__ = ["FAMILIES", "VJPS", "ZERO_GRADIENT", "Entry"]
 
 FAMILIES = {
+    "control flow": control.VJPS,
     "elementwise": elementwise.VJPS,
     "linear": linear.VJPS,
     "pooling": pool.VJPS,

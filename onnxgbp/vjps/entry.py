@@ -6,8 +6,8 @@ even emitted). `step` is the forward node: `step.x`, `step.input(1)`, `step.y`, 
 
     "Mul": broadcasting(mul_a, mul_b),      a rule for each input; the sweep undoes the broadcast
     "Sum": variadic(passes, broadcast=True), one rule for any number of inputs; it gets the input's index
-    "LSTM": whole(lstm),                     one rule for the whole node: it yields (tensor, dx) for those of the tensors
-                                             asked for that it reads, what its sub-graphs capture included
+    "LSTM": whole(lstm),                     one rule for the whole node: (tensor, dx) for each of the tensors asked
+                                             for that it reads, what its sub-graphs capture included
     "Relu": not here: activations are a table of derivatives in activations.py
 """
 

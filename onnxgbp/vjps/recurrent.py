@@ -265,7 +265,7 @@ def _cells(op: Emit, s: Step, layout: int) -> list[_Cell]:
         raise s.refuse("the shape of its weight R is not known")
     length = (dims_of(s.x) or (None,) * 3)[layout]
     _check(s, length, len(directions))
-    names = [str(name).lower() for name in s.argument("activations") or ["tanh"] * len(directions)]
+    names = _activations(s)
 
     def one(value: ir.Value | None, number: int, axis: int) -> ir.Value | None:
         """One direction's part of a tensor; the axis of directions goes."""
@@ -329,12 +329,17 @@ def _all_steps(op: Emit, s: Step) -> ir.Value:
 _DEFAULT_ACTIVATIONS = {"LSTM": ["sigmoid", "tanh", "tanh"], "GRU": ["sigmoid", "tanh"]}
 
 
+def _activations(s: Step) -> list[str]:
+    names = s.argument("activations") or []
+    return [(name.decode() if isinstance(name, bytes) else str(name)).lower() for name in names]
+
+
 def _check(s: Step, length: int | str | None, directions: int) -> None:
     if s.argument("clip"):
         raise s.refuse("clip is set, for which there is no rule")
     if s.node.op_type == "LSTM" and s.argument("input_forget"):
         raise s.refuse("input_forget is set, for which there is no rule")
-    names = [str(name).lower() for name in s.argument("activations") or []]
+    names = _activations(s)
     default = _DEFAULT_ACTIVATIONS.get(s.node.op_type)
     usual = set(names) <= {"tanh", "relu"} if default is None else names in ([], default * directions)
     if not usual:

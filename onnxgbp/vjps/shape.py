@@ -230,7 +230,8 @@ def depth_to_space_x(op: Emit, s: Step) -> ir.Value:
 
 
 def space_to_depth_x(op: Emit, s: Step) -> ir.Value:
-    return op.DepthToSpace(s.dy, blocksize=int(s.argument("blocksize")))
+    mode = s.argument("mode")  # there from opset 27 on; DCR before
+    return op.DepthToSpace(s.dy, blocksize=int(s.argument("blocksize")), mode=None if mode == "DCR" else mode)
 
 
 def trilu_x(op: Emit, s: Step) -> ir.Value:
@@ -266,7 +267,8 @@ def _resize_matrix(s: Step, axis: int, size: int, out: int) -> np.ndarray[Any, A
     """[out, size]: row i tells of which entries the output's entry i is made."""
     node = ir.to_proto(s.node)
     scales = s.argument("scales")
-    scale = float(scales[axis]) if scales is not None and len(scales) else out / size
+    axes = s.ints("axes") or list(range(s.rank()))
+    scale = float(scales[axes.index(axis % s.rank())]) if scales is not None and len(scales) else out / size
     kept = {"mode", "coordinate_transformation_mode", "cubic_coeff_a", "exclude_outside", "nearest_mode", "antialias"}
     attributes = [attribute for attribute in node.attribute if attribute.name in kept]
     if s.node.op_type == "Upsample" or s.since == 10:
