@@ -81,6 +81,10 @@ def differentiate(
     Raises:
         OnnxgbpError: an operator on the path has no rule, or a tensor of `wrt` does not reach `tensor`.
     """
+    for node in missing_rules(find_path(op.graph, {tensor: seed}, wrt), tensor, found):
+        _entry(
+            Step(node)
+        )  # refused before anything behind it is written: the types behind an unknown operator are not known
     result = backpropagate(op, op.graph, {tensor: seed}, wrt, found)
     for value, gradient in result.items():
         if gradient is None:
@@ -122,6 +126,9 @@ def _step(
 ) -> Iterable[tuple[ir.Value, ir.Value]]:
     """The gradients that one node passes to those of its inputs that lead to `wrt`."""
     step = Step(node, dys)
+    for value in node.inputs:
+        if value is not None and value.dtype is None:
+            raise step.refuse(f"the type of tensor '{value.name}' is not known; is the model valid up to there?")
     if node in found:
         activation = found[node]
         tensors = [argument for argument in activation.arguments.values() if isinstance(argument, ir.Value)]

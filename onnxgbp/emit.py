@@ -23,6 +23,7 @@ __all__ = ["PRIVATE", "Dims", "Emit", "Operand", "dims_of", "is_float", "numel"]
 # Calls in this domain live only between differentiation and lowering; `convert` saves none of them.
 PRIVATE = "onnxgbp.private"
 _CONSTANT = "onnxgbp/constant"
+_LONGEST_RANGE = 1 << 20  # a longer one is counted at run time, not stored
 
 Operand: TypeAlias = "ir.Value | np.ndarray[Any, Any] | Sequence[int] | float | int | None"
 Dims: TypeAlias = "tuple[int | str | None, ...]"
@@ -123,7 +124,7 @@ class Emit:
         outer, self.nodes = self.nodes, []
         try:
             # An output is made by a node of the sub-graph, and each by its own.
-            outputs = [self.Identity(value) for value in write(*inputs)]
+            outputs = [self.typed(self.Identity(value), value) for value in write(*inputs)]
             name = self.name(f"{self.scope}/body")
             return ir.Graph(inputs, outputs, nodes=self.take(), opset_imports=self.graph.opset_imports, name=name)
         finally:
@@ -212,7 +213,7 @@ class Emit:
         """0, 1, 2... along one axis of a tensor, int64, ready to broadcast against it."""
         dims = dims_of(like) or ()
         shape, size = [-1 if i == axis else 1 for i in range(len(dims))], dims[axis]
-        if isinstance(size, int):
+        if isinstance(size, int) and size <= _LONGEST_RANGE:
             return self.constant(np.arange(size, dtype=np.int64).reshape(shape))
         limit = self.Reshape(self.dim(like, axis), self.int64([]))  # a scalar, as Range wants it
         return self.Reshape(self.Range(self.int64(0), limit, self.int64(1)), shape)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import output_file
 
-__all__ = ["copy_beside", "graphs", "read"]
+__all__ = ["copy_beside", "graphs", "read", "tensors", "whole"]
 
 # Below this the weights become part of the converted file; protobuf ends at 2 GiB, and a file is easier to move.
 PART_OF_FILE = 1 << 30
@@ -30,7 +30,7 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from graphs(inner)
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     for inner in graphs(graph):
         yield from inner.initializer
         for node in inner.node:
@@ -38,6 +38,24 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 if attribute.HasField("t"):
                     yield attribute.t
                 yield from attribute.tensors
+
+
+def whole(tensor: onnx.TensorProto) -> bool:
+    """Whether a tensor that is stored in the model holds as many numbers as its shape says."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return True  # checked with its file
+    if tensor.data_type == onnx.TensorProto.UNDEFINED or any(dim < 0 for dim in tensor.dims):
+        return False
+    count = math.prod(tensor.dims)
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return len(tensor.string_data) == count
+    dtype = ir.DataType(tensor.data_type)
+    if tensor.HasField("raw_data"):
+        return len(tensor.raw_data) == math.ceil(dtype.itemsize * count)
+    entries = len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type)))
+    if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
+        return entries == 2 * count
+    return entries == math.ceil(count * min(dtype.itemsize, 1))  # types below a byte are packed
 
 
 def read(proto: onnx.ModelProto, path: Path | None, where: str) -> None:
@@ -49,7 +67,7 @@ def read(proto: onnx.ModelProto, path: Path | None, where: str) -> None:
         OnnxgbpError: external data that is missing, cut off, or outside the model's folder.
     """
     size = 0
-    for tensor in _tensors(proto.graph):
+    for tensor in tensors(proto.graph):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -90,7 +108,7 @@ def copy_beside(proto: onnx.ModelProto, path: Path, folder: Path | None) -> None
     """Makes the external data of a model stand beside the file to write, each file whole or not at all."""
     locations = {
         entry.value
-        for tensor in _tensors(proto.graph)
+        for tensor in tensors(proto.graph)
         if tensor.data_location == onnx.TensorProto.EXTERNAL
         for entry in tensor.external_data
         if entry.key == "location"

@@ -2,9 +2,10 @@
 
 The proof of an attribution needs more digits than float32 has, and no runtime's CPU provider computes a convolution in
 float64. The reference evaluator does, but loops over single elements in Python. The kernels below take its place for
-the operators where that hurts: each walks over the few positions of its kernel and leaves the rest to numpy. Three
+the operators where that hurts: each walks over the few positions of its kernel and leaves the rest to numpy. Four
 more stand here because onnx's own are no reference: Erf, and Gelu with it, answer in float32 only; BatchNormalization
-before opset 14 normalises by the batch itself wherever the file has a `momentum`, as most have.
+before opset 14 normalises by the batch itself wherever the file has a `momentum`, as most have; LRN mistakes the batch
+for the channels.
 """
 
 from __future__ import annotations
@@ -346,4 +347,23 @@ class BatchNormalization(OpRun):
         return (scale * (x - mean) / np.sqrt(var + (1e-5 if epsilon is None else epsilon)) + bias,)
 
 
-_KERNELS = [AveragePool, BatchNormalization, Conv, ConvTranspose, Erf, Gelu, MaxPool, ScatterElements]
+class LRN(OpRun):
+    op_domain = ""
+
+    def _run(
+        self,
+        x: Array,
+        alpha: float | None = None,
+        beta: float | None = None,
+        bias: float | None = None,
+        size: int | None = None,
+    ) -> tuple[Array]:
+        near, width = np.square(x), int(size or 1)
+        sides = [(0, 0), ((width - 1) // 2, width // 2), *[(0, 0)] * (x.ndim - 2)]
+        squares, channels = np.pad(near, sides), x.shape[1]
+        total: Any = sum(squares[:, i : i + channels] for i in range(width))
+        scale = (1.0 if bias is None else bias) + (1e-4 if alpha is None else alpha) / width * total
+        return (x / scale ** (0.75 if beta is None else beta),)
+
+
+_KERNELS = [AveragePool, BatchNormalization, Conv, ConvTranspose, Erf, Gelu, LRN, MaxPool, ScatterElements]

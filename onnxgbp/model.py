@@ -5,13 +5,16 @@ Protobuf lives here and in `runtime.py` only; between them a model is an `onnx_i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
 import onnx
+import onnx.checker
 import onnx.inliner
 import onnx.version_converter
 import onnx_ir as ir
@@ -66,7 +69,9 @@ def load(source: ModelLike) -> Source:
     _check_proto(proto, where)
     external.read(proto, path, where)
     if proto.functions:
-        proto = onnx.inliner.inline_local_functions(proto, convert_version=True)
+        with _meaning(f"{where}: its local functions cannot be inlined"):
+            proto = onnx.inliner.inline_local_functions(proto, convert_version=True)
+    _check_nodes(proto, where)
     if _opset(proto) < LOWEST_OPSET:
         proto = _raise_opset(proto, LOWEST_OPSET)
     odd = {}
@@ -74,10 +79,7 @@ def load(source: ModelLike) -> Source:
         if not output.type.HasField("tensor_type"):
             odd[output.name] = onnx.TypeProto.FromString(output.type.SerializeToString())
             output.ClearField("type")
-    model = _to_ir(proto, path, where)
-    normalise(model)
-    infer_shapes(model)
-    return Source(model, digest, path, odd)
+    return Source(_to_ir(proto, path, where), digest, path, odd)
 
 
 def to_proto(model: ir.Model, source: Source) -> onnx.ModelProto:
@@ -91,22 +93,31 @@ def to_proto(model: ir.Model, source: Source) -> onnx.ModelProto:
 
 def raised(source: Source, opset: int) -> Source:
     """The same source in a newer opset, for a gradient that its own cannot spell."""
-    model = _to_ir(_raise_opset(to_proto(source.model, source), opset), source.path, source.name)
-    normalise(model)
-    infer_shapes(model)
-    return dataclasses.replace(source, model=model)
+    proto = _raise_opset(to_proto(source.model, source), opset)
+    for output in proto.graph.output:
+        if output.name in source.odd_outputs:
+            output.ClearField("type")
+    return dataclasses.replace(source, model=_to_ir(proto, source.path, source.name))
 
 
 def _raise_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """The same model in a newer opset, by onnx's own converter."""
-    try:
+    failed = f"opset {_opset(proto)} is too old for the gradient, export the model with {opset}: onnx cannot raise it"
+    with _meaning(failed):
         converted: onnx.ModelProto = onnx.version_converter.convert_version(proto, opset)
-        return converted
-    except (RuntimeError, ValueError) as error:
-        raise OnnxgbpError(
-            f"the model's opset {_opset(proto)} is too old for its gradient, and onnx cannot raise it to {opset}: "
-            f"{_first_line(error)}; export the model with opset {opset}"
-        ) from None
+    return converted
+
+
+@contextlib.contextmanager
+def _meaning(what: str) -> Iterator[None]:
+    """A malformed model makes onnx and onnx_ir raise errors of many kinds; each means the same to a user."""
+    try:
+        yield
+    except OnnxgbpError:
+        raise
+    except Exception as error:  # noqa: BLE001 - as said above
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise OnnxgbpError(f"{what}: {lines[0]}") from None
 
 
 def save(
@@ -125,8 +136,8 @@ def save(
     external.copy_beside(model, Path(path), None if data_folder is None else Path(data_folder))
     try:
         data = model.SerializeToString(deterministic=True)
-    except (ValueError, EncodeError) as error:
-        raise OnnxgbpError(f"cannot write {path}: {_first_line(error)}") from None
+    except (ValueError, EncodeError):
+        raise OnnxgbpError(f"cannot write {path}: a protobuf file ends at 2 GiB; use GradientGraph.save") from None
     write(Path(path), data)
 
 
@@ -203,19 +214,44 @@ def _label(node: onnx.NodeProto) -> str:
     return node.name or f"{node.op_type}({', '.join(node.output)})"
 
 
+def _check_nodes(proto: onnx.ModelProto, where: str) -> None:
+    """Standard operators have the inputs and attributes of the standard, and constants the bytes of their shape."""
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = proto.ir_version
+    context.opset_imports = {entry.domain: entry.version for entry in proto.opset_import}
+    for node in proto.graph.node:
+        body = any(attribute.HasField("g") for attribute in node.attribute)
+        schema = onnx.defs.has(node.op_type, node.domain) and not node.domain
+        if body or not schema:
+            continue
+        try:
+            onnx.checker.check_node(node, context)
+        except onnx.checker.ValidationError as error:
+            if "deprecated" not in str(error):  # runtimes still take those
+                raise OnnxgbpError(f"{where} is not a valid model: node '{_label(node)}': {_reason(error)}") from None
+    for tensor in external.tensors(proto.graph):
+        if not external.whole(tensor):
+            raise OnnxgbpError(
+                f"{where} is cut off or damaged: tensor '{tensor.name}' does not hold the numbers of its shape "
+                f"{list(tensor.dims)}"
+            )
+
+
+def _reason(error: BaseException) -> str:
+    """The sentence of a checker's message that says what is wrong."""
+    return str(error).strip().splitlines()[0].partition("==>")[0].strip()
+
+
 def _to_ir(proto: onnx.ModelProto, path: Path | None, where: str) -> ir.Model:
-    try:
+    """The in-memory form: sorted, decomposed where an operator is not the standard's, with every shape."""
+    with _meaning(f"{where} is not a valid model"):
         model = ir.from_proto(proto)
         model.graph.sort()
-    except Exception as error:  # noqa: BLE001 - onnx_ir raises many kinds for a malformed file, each means the same here
-        raise OnnxgbpError(f"{where} is not a valid model: {_first_line(error)}") from None
-    if "ai.onnx" in model.graph.opset_imports:  # the standard's other name for its own domain
-        model.graph.opset_imports[""] = model.graph.opset_imports.pop("ai.onnx")
-    model.graph.meta["ir_version"] = model.ir_version
-    if path is not None:
-        ir.external_data.set_base_dir(model.graph, path.resolve().parent)
+        if "ai.onnx" in model.graph.opset_imports:  # the standard's other name for its own domain
+            model.graph.opset_imports[""] = model.graph.opset_imports.pop("ai.onnx")
+        model.graph.meta["ir_version"] = model.ir_version
+        if path is not None:
+            ir.external_data.set_base_dir(model.graph, path.resolve().parent)
+        normalise(model)
+        infer_shapes(model)
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -143,7 +143,7 @@ def _hidden(root: ir.Node, group: set[ir.Node]) -> set[ir.Node]:
 
 def _keras_prelu(node: ir.Node) -> tuple[Activation, set[ir.Node]] | None:
     """Relu(x) + s * Relu(-x), the PReLU that Keras writes with a slope -s per channel."""
-    if node.op_type != "Add" or node.domain:
+    if node.op_type != "Add" or node.domain or len(node.inputs) != 2:
         return None
     for positive, negative in (node.inputs, reversed(list(node.inputs))):
         relu, product = _made_by(positive, "Relu"), _made_by(negative, "Mul")
@@ -168,12 +168,13 @@ def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
 def _group(root: ir.Node, order: dict[ir.Node, int]) -> tuple[Activation, set[ir.Node]] | None:
     if root.domain or root.op_type not in _ELEMENTWISE or not is_float(root.outputs[0]):
         return None
-    for x, group in _entries(root, order):
+    found = None
+    for x, group in _entries(root, order):  # the farthest counts: Min(Max(x, 0), 6) is a ReLU6, not a Clip of a ReLU
         if (match := _match(root, x, group, order)) is not None:
             kind, arguments = match
             spelled = " ".join(node.op_type for node in sorted(group, key=order.__getitem__))
-            return _activation(kind, root, x, arguments, spelled), group
-    return None
+            found = _activation(kind, root, x, arguments, spelled), group
+    return found
 
 
 def _entries(root: ir.Node, order: dict[ir.Node, int]) -> Iterator[tuple[ir.Value, set[ir.Node]]]:

@@ -55,6 +55,8 @@ def scan(
         return [*following, *outputs]
 
     body = op.body(slices, write)
+    for output, state in zip(body.outputs, states, strict=False):
+        output.shape = output.shape or state.shape  # ONNX Runtime wants the rank of every output
     results = op.several(len(body.outputs), "Scan", *states, *sequences, body=body, num_scan_inputs=len(sequences))
     node = results[0].producer()
     assert node is not None  # it has just been written

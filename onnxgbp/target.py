@@ -132,7 +132,9 @@ def explained_tensor(graph: ir.Graph, wrt: Sequence[ir.Value], name: str | None)
 
 def _behind_squashing(output: ir.Value) -> Explained:
     value, stripped = output, list[ir.Node]()
-    while (node := value.producer()) is not None and node.op_type in _CARRIES_SCORES and node.inputs[0] is not None:
+    while (node := value.producer()) is not None and node.op_type in _CARRIES_SCORES and node.inputs:
+        if node.inputs[0] is None:
+            break
         stripped.append(node)
         value = node.inputs[0]
     if node is not None and node.domain == "" and node.op_type in _SQUASHING and node.inputs[0] is not None:

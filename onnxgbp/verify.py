@@ -339,7 +339,7 @@ class _Verification:
         return min(tried, key=lambda one: float(np.median(one[1])))
 
     def _directions(self, found: Arrays, kind: str, relative: float) -> list[float]:
-        errors = []
+        errors = list[float]()
         for result, name in self.record.results.items():
             cut = _extract(self.forward, self._types, [self.record.said["explained"]], stop={name})
             run = self._engine(cut, kind)
@@ -351,7 +351,7 @@ class _Verification:
             unit = math.sqrt(x.size)
             step = relative * (float(np.sqrt(np.mean(np.square(x)))) or 1.0)
             rng = np.random.default_rng(1)
-            directions = [rng.standard_normal(x.shape) for _ in range(_DIRECTIONS)]
+            directions: list[Array] = list(rng.standard_normal((_DIRECTIONS, *x.shape)))
             if length:
                 directions.append(slope / length * unit)
             for v in directions:
@@ -359,7 +359,7 @@ class _Verification:
                 wanted = float(np.sum(slope * v))
                 # A random direction can be orthogonal to the gradient by chance: then its own size is no measure.
                 scale = max(abs(wanted), length * float(np.linalg.norm(v)) / unit)
-                errors.append(abs(change - wanted) / scale if scale else abs(change))
+                errors.append(float(abs(change - wanted) / scale if scale else abs(change)))
         return errors
 
     def _score(self, run: Run, base: Arrays, name: str, seed: Array, x: Array) -> float:

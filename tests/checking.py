@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,7 +30,8 @@ FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorPr
 
 LINEAR = frozenset(
     "Add Sub Sum Neg Identity Dropout Cast Conv ConvTranspose Gemm MatMul AveragePool GlobalAveragePool ReduceSum "
-    "ReduceMean BatchNormalization Concat Split Flatten Reshape Squeeze Unsqueeze Transpose Pad Slice Expand Tile Mul".split()
+    "ReduceMean BatchNormalization Concat Split Flatten Reshape Squeeze Unsqueeze Transpose Pad Slice Expand Tile "
+    "Mul".split()
 )  # Mul and MatMul are linear in each operand, and one is varied at a time
 
 TOLERANCE = {True: 1e-11, False: 2e-7}  # linear: rounding alone; else what a difference with step 1e-6 can tell
@@ -57,28 +58,35 @@ class Figure:
 
 
 def to_float64(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model with every float tensor, attribute tensor and Cast in float64."""
+    """The same model with every float tensor, attribute tensor and Cast in float64; scales of Resize are float32."""
     wide = onnx.ModelProto()
     wide.CopyFrom(model)
-    graph = wide.graph
+    _widen(wide.graph)
+    return wide
+
+
+def _widen(graph: onnx.GraphProto) -> None:
     graph.ClearField("value_info")
+    narrow = {name for node in graph.node if node.op_type in ("Resize", "Upsample") for name in node.input[1:]}
     for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type in FLOATS:
+        if value.type.tensor_type.elem_type in FLOATS and value.name not in narrow:
             value.type.tensor_type.elem_type = TensorProto.DOUBLE
     for tensor in graph.initializer:
-        tensor.CopyFrom(_wide(tensor))
+        if tensor.name not in narrow:
+            tensor.CopyFrom(_wide(tensor))
     for node in graph.node:
-        if node.op_type == "LayerNormalization" and not any(a.name == "stash_type" for a in node.attribute):
+        if node.op_type == "GroupNormalization":  # it computes in float32 unless told otherwise
             node.attribute.append(helper.make_attribute("stash_type", TensorProto.DOUBLE))
         for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _widen(attribute.g)
+            elif attribute.type == onnx.AttributeProto.TENSOR:
                 attribute.t.CopyFrom(_wide(attribute.t))
-            elif attribute.name in ("to", "dtype", "stash_type") and attribute.i in FLOATS:
+            elif attribute.name in ("to", "dtype") and attribute.i in FLOATS:
                 attribute.i = TensorProto.DOUBLE
             elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
                 given = attribute.f if attribute.name == "value_float" else list(attribute.floats)
                 attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(np.array(given, np.float64))))
-    return wide
 
 
 def _wide(tensor: onnx.TensorProto) -> onnx.TensorProto:
@@ -143,6 +151,49 @@ class ConvTranspose(OpRun):
         return (y if b is None else y + b.reshape(-1, *ones),)
 
 
+class Windows:
+    """Where the windows of a pool lie: (begin, end) of each spatial axis to pad, and the number of windows."""
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        kernel: Sequence[int],
+        strides: Sequence[int] | None,
+        dilations: Sequence[int] | None,
+        pads: Sequence[int] | None,
+        auto_pad: str,
+        ceil_mode: int,
+    ) -> None:
+        rank = len(kernel)
+        self.kernel, self.strides, self.dilations = kernel, strides or [1] * rank, dilations or [1] * rank
+        self.pads: list[tuple[int, int]] = []  # what counts as padding
+        self.margins: list[tuple[int, int]] = [(0, 0), (0, 0)]  # how far the windows reach
+        self.out: list[int] = []
+        for i, (n, k, s, d) in enumerate(zip(size, kernel, self.strides, self.dilations, strict=True)):
+            reach = (k - 1) * d + 1
+            begin, end = (pads[i], pads[i + rank]) if pads is not None and auto_pad == "NOTSET" else (0, 0)
+            if auto_pad.startswith("SAME"):
+                total = max((-(-n // s) - 1) * s + reach - n, 0)
+                begin = total // 2 if auto_pad == "SAME_UPPER" else total - total // 2
+                end = total - begin
+            room = n + begin + end - reach
+            count = (-(-room // s) if ceil_mode else room // s) + 1
+            if ceil_mode and (count - 1) * s >= n + begin:
+                count -= 1  # a window may not start in the padding at the end
+            self.pads.append((begin, end))
+            self.margins.append((begin, max((count - 1) * s + reach - n - begin, 0)))
+            self.out.append(count)
+
+    def __iter__(self) -> Iterator[tuple[slice, ...]]:
+        """For each position in the kernel, the elements of the padded tensor that it meets."""
+        for place in np.ndindex(*self.kernel):
+            along = (
+                slice(p * d, p * d + s * (o - 1) + 1, s)
+                for p, d, s, o in zip(place, self.dilations, self.strides, self.out, strict=True)
+            )
+            yield (slice(None), slice(None), *along)
+
+
 class MaxPool(OpRun):
     """As the standard has it, with Indices into the whole tensor; the evaluator's own count within one channel."""
 
@@ -159,39 +210,68 @@ class MaxPool(OpRun):
         storage_order: int = 0,
         strides: Sequence[int] | None = None,
     ) -> tuple[Array, ...]:
-        rank = x.ndim - 2
-        kernel, ones = kernel_shape, [1] * rank
-        stride, dilation = strides or ones, dilations or ones
-        reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
-        begins, ends, out = [], [], []
-        for i, n in enumerate(x.shape[2:]):
-            begin, end = (pads[i], pads[i + rank]) if pads is not None and auto_pad == "NOTSET" else (0, 0)
-            if auto_pad.startswith("SAME"):
-                total = max((-(-n // stride[i]) - 1) * stride[i] + reach[i] - n, 0)
-                begin = total // 2 if auto_pad == "SAME_UPPER" else total - total // 2
-                end = total - begin
-            room = n + begin + end - reach[i]
-            count = (-(-room // stride[i]) if ceil_mode else room // stride[i]) + 1
-            if ceil_mode and (count - 1) * stride[i] >= n + begin:
-                count -= 1  # a window may not start in the padding at the end
-            begins.append(begin)
-            ends.append(max((count - 1) * stride[i] + reach[i] - n - begin, 0))
-            out.append(count)
-        margin = [(0, 0), (0, 0), *zip(begins, ends, strict=True)]
-        padded = np.pad(x, margin, constant_values=-np.inf)
-        order = "F" if storage_order else "C"
-        within = np.arange(np.prod(x.shape[2:])).reshape(x.shape[2:], order=order)
-        channel = np.arange(np.prod(x.shape[:2])).reshape(*x.shape[:2], *ones)
-        places = np.pad(channel * within.size + within, margin)
-        best, indices = np.full((*x.shape[:2], *out), -np.inf, x.dtype), np.zeros((*x.shape[:2], *out), np.int64)
-        for place in np.ndindex(*kernel):
-            spots = (slice(None), slice(None)) + tuple(
-                slice(p * d, p * d + s * (o - 1) + 1, s)
-                for p, d, s, o in zip(place, dilation, stride, out, strict=True)
-            )
-            better = padded[spots] > best
-            best, indices = np.where(better, padded[spots], best), np.where(better, places[spots], indices)
+        windows = Windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
+        padded = np.pad(x, windows.margins, constant_values=-np.inf)
+        order: Any = "F" if storage_order else "C"
+        within = np.reshape(np.arange(np.prod(x.shape[2:])), x.shape[2:], order=order)
+        channel = np.arange(np.prod(x.shape[:2])).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
+        places = np.pad(channel * within.size + within, windows.margins)
+        shape = (*x.shape[:2], *windows.out)
+        best, indices = np.full(shape, -np.inf, x.dtype), np.zeros(shape, np.int64)
+        for met in windows:
+            better = padded[met] > best
+            best, indices = np.where(better, padded[met], best), np.where(better, places[met], indices)
         return (best, indices)[: len(self.onnx_node.output)]
+
+
+class AveragePool(OpRun):
+    """As the standard has it; the evaluator's own takes half a minute for one case."""
+
+    op_domain = ""
+
+    def _run(  # type: ignore[override]
+        self,
+        x: Array,
+        auto_pad: str = "NOTSET",
+        ceil_mode: int = 0,
+        count_include_pad: int = 0,
+        dilations: Sequence[int] | None = None,
+        kernel_shape: Sequence[int] = (),
+        pads: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> tuple[Array]:
+        windows = Windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
+        counted = np.pad(
+            np.ones((1, 1, *x.shape[2:])), [(0, 0), (0, 0), *windows.pads], constant_values=float(count_include_pad)
+        )
+        beyond = [max(b + n + e - c, 0) for (b, e), n, c in zip(windows.margins, x.shape, counted.shape, strict=True)]
+        counted = np.pad(counted, [(0, 0), (0, 0), *((0, more) for more in beyond[2:])])
+        padded = np.pad(x, windows.margins)
+        total: Any = sum(padded[met] for met in windows)
+        count: Any = sum(counted[met] for met in windows)
+        return ((total / count).astype(x.dtype),)
+
+
+class LpPool(OpRun):
+    """As the standard has it; the evaluator's own is as slow."""
+
+    op_domain = ""
+
+    def _run(  # type: ignore[override]
+        self,
+        x: Array,
+        auto_pad: str = "NOTSET",
+        ceil_mode: int = 0,
+        dilations: Sequence[int] | None = None,
+        kernel_shape: Sequence[int] = (),
+        p: int = 2,
+        pads: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> tuple[Array]:
+        windows = Windows(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
+        padded = np.abs(np.pad(x, windows.margins)) ** p
+        total: Any = sum(padded[met] for met in windows)
+        return ((total ** (1 / p)).astype(x.dtype),)
 
 
 class Erf(OpRun):
@@ -260,6 +340,15 @@ class LRN(OpRun):
         return (x / (bias + alpha / size * squares) ** beta,)
 
 
+class LpNormalization(OpRun):
+    """The evaluator's own forgets the absolute value where p is 1."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, axis: int = -1, p: int = 2) -> tuple[Array]:  # type: ignore[override]
+        return (x / (np.abs(x) ** p).sum(axis=axis, keepdims=True) ** (1 / p),)
+
+
 class Softmax(OpRun):
     """Also of opsets below 13, which ran over all axes from `axis` on; the evaluator knows the newer meaning alone."""
 
@@ -314,6 +403,7 @@ class Pad(OpRun):
 
 
 LITERAL: list[type[OpRun]] = [
+    AveragePool,
     BatchNormalization,
     ConvTranspose,
     Erf,
@@ -321,6 +411,8 @@ LITERAL: list[type[OpRun]] = [
     GlobalMaxPool,
     LRN,
     LogSoftmax,
+    LpNormalization,
+    LpPool,
     MaxPool,
     Pad,
     Softmax,
@@ -332,11 +424,19 @@ def evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     return ReferenceEvaluator(model, new_ops=LITERAL)
 
 
+def evaluated(
+    session: ReferenceEvaluator, feeds: Mapping[str, Array], names: Sequence[str] | None = None
+) -> list[Array]:
+    """The outputs named, or all in order."""
+    results: Any = session.run(None if names is None else list(names), dict(feeds))
+    return [np.asarray(result) for result in results]
+
+
 def reference_run(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """Every output by name, on the reference evaluator."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # overflow in branches that a Where then drops
-        results = evaluator(model).run(None, dict(feeds))
+        results = evaluated(evaluator(model), feeds)
     return dict(zip((output.name for output in model.graph.output), results, strict=True))
 
 
@@ -391,7 +491,7 @@ def check_vjp(
 
     def value(given: Mapping[str, Array]) -> Array:
         with np.errstate(all="ignore"):
-            return np.asarray(forward.run([output], dict(given))[0])
+            return np.asarray(evaluated(forward, given, [output])[0])
 
     weights = np.asarray(rng.standard_normal(value(feeds).shape))
     results = reference_run(converted, {**feeds, "seed": weights})
@@ -453,6 +553,7 @@ def wheel_cases() -> dict[str, WheelCase]:
     cases = {}
     for case in collected:
         model = case.model
+        assert model is not None
         if len(model.graph.node) != 1 or model.graph.node[0].domain or not case.data_sets:
             continue
         inputs, given = model.graph.input, case.data_sets[0][0]

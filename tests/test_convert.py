@@ -168,7 +168,9 @@ def test_no_gradients_of_weights() -> None:
     inferred = onnx.shape_inference.infer_shapes(converted, strict_mode=True, data_prop=True)
     made = {value.name: tuple(dims(value)) for value in inferred.graph.value_info}
     forward = {name for n in net().graph.node for name in n.output}
-    assert not {name: shape for name, shape in made.items() if shape in weights and name not in forward and len(shape) > 1}
+    assert not {
+        name: shape for name, shape in made.items() if shape in weights and name not in forward and len(shape) > 1
+    }
 
 
 def test_the_forward_nodes_stand_unchanged() -> None:
@@ -254,7 +256,7 @@ def test_each_class(target: int) -> None:
 @pytest.mark.parametrize("wrong", [5, 1000, -2, -5, -6, -(2**40)])
 def test_a_class_out_of_range_fails_in_the_file(wrong: int) -> None:
     converted = onnxgbp.convert(net(), target="input")
-    with pytest.raises(Exception, match="(?i)ind"):
+    with pytest.raises(Exception, match=r"(?i)ind"):
         ort_run(converted, {**photos(), "target": np.array([0, wrong, 1])})
 
 

@@ -61,7 +61,8 @@ def test_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\n", b"hello world\n" * 50, b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(64), b"PK\x03\x04" + bytes(200)]
+    "content",
+    [b"", b"\n", b"hello world\n" * 50, b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(64), b"PK\x03\x04" + bytes(200)],
 )
 def test_no_onnx_file(tmp_path: Path, content: bytes) -> None:
     assert "not an ONNX file" in refused(tmp_path, content)
@@ -72,18 +73,18 @@ def test_truncated(tmp_path: Path) -> None:
     data = GOOD.read_bytes()
     whole = onnxgbp.convert(GOOD)
     sizes = {*range(1, 40), *range(len(data) - 200, len(data)), *range(0, len(data), max(len(data) // 60, 1))}
-    refusals = 0
+    messages: list[str] = []
     for size in sorted(sizes):
         path = tmp_path / "cut.onnx"
         path.write_bytes(data[:size])
         try:
             converted = onnxgbp.convert(path)
         except onnxgbp.OnnxgbpError as error:
-            assert "\n" not in str(error)
-            refusals += 1
+            messages.append(str(error))
             continue
         assert converted.graph.SerializeToString() == whole.graph.SerializeToString(), f"cut at {size}"
-    assert refusals >= len(sizes) * 0.9
+    assert len(messages) >= len(sizes) * 0.9
+    assert not any("\n" in message for message in messages)
 
 
 def test_truncated_says_so(tmp_path: Path) -> None:
@@ -137,7 +138,9 @@ def test_duplicated_names(tmp_path: Path) -> None:
 
 
 def test_cycle(tmp_path: Path) -> None:
-    model = small_model([node("Add", ["x", "b"], ["a"], name="first"), node("Neg", ["a"], ["b"])], {"x": ["N", 4]}, ("b",))
+    model = small_model(
+        [node("Add", ["x", "b"], ["a"], name="first"), node("Neg", ["a"], ["b"])], {"x": ["N", 4]}, ("b",)
+    )
     assert "cycl" in refused(tmp_path, model)
 
 
@@ -218,7 +221,11 @@ def test_external_data_of_a_proto() -> None:
 
 
 def test_operator_without_a_rule(tmp_path: Path) -> None:
-    nodes = [node("Identity", ["x"], ["a"]), node("Det", ["a"], ["d"], name="the_det"), node("Reshape", ["d", "s"], ["y"])]
+    nodes = [
+        node("Identity", ["x"], ["a"]),
+        node("Det", ["a"], ["d"], name="the_det"),
+        node("Reshape", ["d", "s"], ["y"]),
+    ]
     model = small_model(nodes, {"x": ["N", 3, 3]}, constants={"s": np.array([-1, 1], np.int64)})
     message = refused(tmp_path, model)
     for part in ("Det", "the_det", "--output", "--wrt d"):
@@ -257,7 +264,11 @@ def test_dropout_in_training_mode(tmp_path: Path) -> None:
 
 
 def test_an_argument_that_is_computed(tmp_path: Path) -> None:
-    nodes = [node("Shape", ["x"], ["s"]), node("NonZero", ["x"], ["nz"]), node("Cast", ["nz"], ["f"], to=TensorProto.FLOAT)]
+    nodes = [
+        node("Shape", ["x"], ["s"]),
+        node("NonZero", ["x"], ["nz"]),
+        node("Cast", ["nz"], ["f"], to=TensorProto.FLOAT),
+    ]
     nodes += [node("Gather", ["s", "zero"], ["n"]), node("Pad", ["x", "p"], ["y"], name="pad1")]
     nodes.insert(0, node("Cast", ["x"], ["xi"], to=TensorProto.INT64))
     nodes.insert(1, node("ReduceMax", ["xi"], ["m"], keepdims=1, axes=[0, 1]))
@@ -422,7 +433,6 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["bad.onnx"]
-
 
 
 @pytest.mark.parametrize("method", ["convert", "load"])

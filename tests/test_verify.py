@@ -126,6 +126,15 @@ def test_a_fixed_batch_passes(source: Path) -> None:
     assert "as fixed" in row(report, "forward unchanged").detail
 
 
+def test_an_input_that_nothing_reads_is_fed_all_the_same(source: Path) -> None:
+    model = onnx.load(source)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("unread", onnx.TensorProto.INT64, ["N"]))
+    onnx.save(model, source)
+    out = made(source, wrt=["x"])
+    for report in (verify_model(out, source), verify_model(out)):
+        assert report.passed, report.to_text()
+
+
 def test_the_same_file_gives_the_same_report(source: Path) -> None:
     out = made(source)
     assert verify_model(out, source) == verify_model(out, source)

@@ -35,8 +35,11 @@ PROFILES = ("ort", "portable")
 DATA_INPUTS = {
     "BatchNormalization": (0,),
     "Clip": (0,),
+    "GRU": (0,),
     "GroupNormalization": (0,),
     "InstanceNormalization": (0,),
+    "LSTM": (0,),
+    "RNN": (0,),
     "Resize": (0,),
     "Upsample": (0,),
     "Conv": (0,),
@@ -53,7 +56,29 @@ ABOVE_ONE = {"Acosh"}
 TRAINING = "refused: training mode"
 EMPTY = "an empty tensor: nothing to differentiate, and the evaluator's ArgMax fails on it"
 
+REDUCTION = "refused: no rule for this reduction"
+NO_SCATTER = "the evaluator has no Scatter, which the standard deprecated"
+CROP = "refused: no rule for tf_crop_and_resize"
+
 NOT_RUN = {
+    "test_einsum_batch_diagonal": "refused: no rule for an index that repeats within one operand",
+    "test_maxunpool_export_with_output_shape": "refused: onnx infers no rank for an output whose shape is fed",
+    "test_mvn": "the standard's function body knows float32 alone",
+    "test_resize_tf_crop_and_resize": CROP,
+    "test_resize_tf_crop_and_resize_axes_2_3": CROP,
+    "test_resize_tf_crop_and_resize_axes_3_2": CROP,
+    "test_resize_tf_crop_and_resize_extrapolation_value": CROP,
+    "test_scan_sum": "the evaluator has no Scan of opset 8",
+    "test_scatter_elements_with_reduction_max": REDUCTION,
+    "test_scatter_elements_with_reduction_min": REDUCTION,
+    "test_scatter_elements_with_reduction_mul": REDUCTION,
+    "test_scatter_with_axis": NO_SCATTER,
+    "test_scatter_without_axis": NO_SCATTER,
+    "test_scatternd_max": REDUCTION,
+    "test_scatternd_max_with_element_indices": REDUCTION,
+    "test_scatternd_min": REDUCTION,
+    "test_scatternd_min_with_element_indices": REDUCTION,
+    "test_scatternd_multiply": REDUCTION,
     "test_batchnorm_epsilon_training_mode": TRAINING,
     "test_batchnorm_example_training_mode": TRAINING,
     "test_training_dropout": TRAINING,
@@ -83,10 +108,11 @@ def test_wheel_case(name: str) -> None:
     wrt = [n for n in floats if allowed is None or list(node.input).index(n) in allowed]
     rng = np.random.default_rng(1)
     feeds = {n: _points(case.feeds[n].shape, rng, case.operator, salt) for salt, n in enumerate(wrt)}
-    fixed = {n: a.astype(np.float64) if n in floats else a for n, a in case.feeds.items() if n not in wrt}
-    model = with_constants(to_float64(case.model), fixed)
-    for output in case.model.graph.output:
-        if output.type.tensor_type.elem_type in FLOATS:
+    model = to_float64(with_constants(case.model, {n: a for n, a in case.feeds.items() if n not in wrt}))
+    if case.operator == "LayerNormalization":  # its Mean and InvStdDev are float32 by the standard
+        del model.graph.output[1:], model.graph.node[0].output[1:]
+    for output in model.graph.output:
+        if output.type.tensor_type.elem_type == TensorProto.DOUBLE:
             _assert_right(model, feeds, output.name, wrt, linear=case.operator in LINEAR)
 
 
@@ -111,7 +137,9 @@ def _points(shape: Sequence[int], rng: np.random.Generator, operator: str, salt:
     return points
 
 
-def _assert_right(model: ModelProto, feeds: Mapping[str, Array], output: str, wrt: Sequence[str], *, linear: bool) -> None:
+def _assert_right(
+    model: ModelProto, feeds: Mapping[str, Array], output: str, wrt: Sequence[str], *, linear: bool
+) -> None:
     for profile in PROFILES:
         for name in wrt:
             figures = check_vjp(model, feeds, output=output, wrt=[name], linear=linear, profile=profile)
@@ -197,13 +225,37 @@ def _conv_cases() -> list[Own]:
     cases = [
         Own("1d", "Conv", ((2, 3, 9),), {"strides": [2], "pads": [1, 2]}, (weights(4, 3, 3),)),
         Own("1d dilated", "Conv", ((2, 3, 12),), {"dilations": [3], "strides": [2]}, (weights(4, 3, 3),)),
-        Own("3d", "Conv", ((2, 2, 5, 6, 7),), {"strides": [1, 2, 3], "pads": [0, 1, 2, 1, 0, 2]}, (weights(3, 2, 2, 3, 3),)),
-        Own("groups", "Conv", ((2, 4, 6, 8),), {"group": 2, "strides": [2, 2], "pads": [0, 1, 1, 0]}, (weights(6, 2, 3, 3),)),
+        Own(
+            "3d",
+            "Conv",
+            ((2, 2, 5, 6, 7),),
+            {"strides": [1, 2, 3], "pads": [0, 1, 2, 1, 0, 2]},
+            (weights(3, 2, 2, 3, 3),),
+        ),
+        Own(
+            "groups",
+            "Conv",
+            ((2, 4, 6, 8),),
+            {"group": 2, "strides": [2, 2], "pads": [0, 1, 1, 0]},
+            (weights(6, 2, 3, 3),),
+        ),
         Own("depthwise", "Conv", ((2, 4, 6, 8),), {"group": 4, "pads": [1, 1, 1, 1]}, (weights(8, 1, 3, 3),)),
-        Own("bias", "Conv", ((2, 3, 6, 8),), {"pads": [0, 0, 1, 1], "strides": [2, 2]}, (weights(4, 3, 3, 3), weights(4))),
+        Own(
+            "bias",
+            "Conv",
+            ((2, 3, 6, 8),),
+            {"pads": [0, 0, 1, 1], "strides": [2, 2]},
+            (weights(4, 3, 3, 3), weights(4)),
+        ),
         Own("ragged", "Conv", ((3, 2, 8, 10),), {"strides": [3, 4]}, (weights(2, 2, 2, 3),)),
         Own("1x1 stride 2", "Conv", ((2, 2, 6, 7),), {"strides": [2, 2]}, (weights(3, 2, 1, 1),)),
-        Own("dilated strided", "Conv", ((2, 2, 11, 10),), {"strides": [2, 3], "dilations": [2, 3], "pads": [1, 0, 0, 2]}, (weights(3, 2, 3, 2),)),
+        Own(
+            "dilated strided",
+            "Conv",
+            ((2, 2, 11, 10),),
+            {"strides": [2, 3], "dilations": [2, 3], "pads": [1, 0, 0, 2]},
+            (weights(3, 2, 3, 2),),
+        ),
         Own("stride beyond kernel", "Conv", ((2, 2, 9, 10),), {"strides": [4, 5]}, (weights(3, 2, 2, 2),)),
     ]
     for auto in ("SAME_UPPER", "SAME_LOWER", "VALID", "NOTSET"):
@@ -214,12 +266,47 @@ def _conv_cases() -> list[Own]:
             cases.append(Own(f"{name} free", "Conv", ((2, 4, 7, 8),), a, (weights(3, 4, 3, 4),), free2))
             cases.append(Own(f"{name} batch", "Conv", ((3, 4, 6, 8),), a, (weights(3, 4, 2, 3),), (("N", 4, 6, 8),)))
     cases += [
-        Own("SAME dilated", "Conv", ((2, 4, 9, 8),), {"auto_pad": "SAME_UPPER", "dilations": [2, 2]}, (weights(3, 4, 3, 2),)),
-        Own("free pads", "Conv", ((2, 4, 6, 9),), {"strides": [2, 2], "pads": [0, 1, 1, 2]}, (weights(3, 4, 3, 3),), free2),
-        Own("free dilated", "Conv", ((2, 4, 11, 9),), {"strides": [3, 2], "dilations": [2, 1]}, (weights(3, 4, 3, 3),), free2),
+        Own(
+            "SAME dilated",
+            "Conv",
+            ((2, 4, 9, 8),),
+            {"auto_pad": "SAME_UPPER", "dilations": [2, 2]},
+            (weights(3, 4, 3, 2),),
+        ),
+        Own(
+            "free pads",
+            "Conv",
+            ((2, 4, 6, 9),),
+            {"strides": [2, 2], "pads": [0, 1, 1, 2]},
+            (weights(3, 4, 3, 3),),
+            free2,
+        ),
+        Own(
+            "free dilated",
+            "Conv",
+            ((2, 4, 11, 9),),
+            {"strides": [3, 2], "dilations": [2, 1]},
+            (weights(3, 4, 3, 3),),
+            free2,
+        ),
         Own("free 1d", "Conv", ((2, 4, 11),), {"strides": [3], "pads": [2, 0]}, (weights(3, 4, 3),), (("N", 4, None),)),
-        Own("free 3d", "Conv", ((2, 2, 5, 4, 7),), {"strides": [2, 1, 2]}, (weights(3, 2, 2, 3, 3),), ((None, 2, None, None, None),)),
-        Own("opset 9", "Conv", ((2, 4, 6, 9),), {"strides": [2, 2], "pads": [0, 1, 1, 2]}, (weights(3, 4, 3, 3),), free2, 9),
+        Own(
+            "free 3d",
+            "Conv",
+            ((2, 2, 5, 4, 7),),
+            {"strides": [2, 1, 2]},
+            (weights(3, 2, 2, 3, 3),),
+            ((None, 2, None, None, None),),
+        ),
+        Own(
+            "opset 9",
+            "Conv",
+            ((2, 4, 6, 9),),
+            {"strides": [2, 2], "pads": [0, 1, 1, 2]},
+            (weights(3, 4, 3, 3),),
+            free2,
+            9,
+        ),
     ]
     return cases
 
@@ -229,11 +316,23 @@ def _conv_transpose_cases() -> list[Own]:
     x = ((2, 4, 5, 6),)
     return [
         Own("plain", "ConvTranspose", x, {}, (w,)),
-        Own("1d", "ConvTranspose", ((2, 4, 5),), {"strides": [2], "pads": [1, 0], "output_padding": [1]}, (weights(4, 3, 3),)),
+        Own(
+            "1d",
+            "ConvTranspose",
+            ((2, 4, 5),),
+            {"strides": [2], "pads": [1, 0], "output_padding": [1]},
+            (weights(4, 3, 3),),
+        ),
         Own("3d", "ConvTranspose", ((1, 2, 3, 4, 3),), {"strides": [1, 2, 3]}, (weights(2, 3, 2, 3, 2),)),
         Own("groups", "ConvTranspose", x, {"group": 2, "strides": [2, 2], "pads": [1, 0, 0, 1]}, (w, weights(6))),
         Own("dilated", "ConvTranspose", x, {"dilations": [2, 3], "strides": [2, 1]}, (w,)),
-        Own("output_padding", "ConvTranspose", x, {"strides": [3, 2], "output_padding": [2, 1], "pads": [1, 1, 0, 0]}, (w,)),
+        Own(
+            "output_padding",
+            "ConvTranspose",
+            x,
+            {"strides": [3, 2], "output_padding": [2, 1], "pads": [1, 1, 0, 0]},
+            (w,),
+        ),
         Own("output_shape", "ConvTranspose", x, {"strides": [3, 2], "output_shape": [14, 12]}, (w,)),
         Own("SAME_UPPER", "ConvTranspose", x, {"strides": [2, 2], "auto_pad": "SAME_UPPER"}, (w,)),
         Own("SAME_LOWER", "ConvTranspose", x, {"strides": [2, 2], "auto_pad": "SAME_LOWER"}, (w,)),
@@ -252,8 +351,14 @@ def _pool_cases() -> list[Own]:
         "asymmetric begin": ((2, 3, 6, 8), {"kernel_shape": [3, 2], "strides": [2, 3], "pads": [1, 1, 0, 0]}),
         "ceil": ((2, 3, 6, 8), {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}),
         "ceil pads": ((2, 3, 7, 10), {"kernel_shape": [3, 4], "strides": [2, 3], "pads": [1, 1, 0, 1], "ceil_mode": 1}),
-        "ceil dropped": ((2, 3, 4, 4), {"kernel_shape": [1, 1], "strides": [2, 2], "pads": [0, 0, 0, 0], "ceil_mode": 1}),
-        "ceil last in pad": ((1, 2, 2, 2), {"kernel_shape": [3, 3], "strides": [3, 3], "pads": [1, 1, 1, 1], "ceil_mode": 1}),
+        "ceil dropped": (
+            (2, 3, 4, 4),
+            {"kernel_shape": [1, 1], "strides": [2, 2], "pads": [0, 0, 0, 0], "ceil_mode": 1},
+        ),
+        "ceil last in pad": (
+            (1, 2, 2, 2),
+            {"kernel_shape": [3, 3], "strides": [3, 3], "pads": [1, 1, 1, 1], "ceil_mode": 1},
+        ),
         "gaps": ((2, 3, 9, 9), {"kernel_shape": [2, 2], "strides": [4, 3]}),
         "3d": ((2, 2, 5, 6, 4), {"kernel_shape": [2, 3, 2], "strides": [2, 1, 2], "pads": [0, 1, 0, 1, 0, 1]}),
         "3d ceil": ((1, 2, 5, 6, 4), {"kernel_shape": [2, 3, 3], "strides": [2, 2, 2], "ceil_mode": 1}),
@@ -264,7 +369,10 @@ def _pool_cases() -> list[Own]:
     }
     dilated = {
         "dilated": ((2, 3, 9, 8), {"kernel_shape": [3, 2], "strides": [1, 2], "dilations": [2, 3]}),
-        "dilated pads": ((2, 3, 9, 8), {"kernel_shape": [3, 2], "strides": [2, 2], "dilations": [2, 3], "pads": [1, 0, 2, 1]}),
+        "dilated pads": (
+            (2, 3, 9, 8),
+            {"kernel_shape": [3, 2], "strides": [2, 2], "dilations": [2, 3], "pads": [1, 0, 2, 1]},
+        ),
     }
     cases = []
     for name, (shape, attributes) in (geometries | dilated).items():
@@ -275,9 +383,9 @@ def _pool_cases() -> list[Own]:
             opsets = [o for o in (9, 11, 13, 17, 20) if o >= 11 or not (ceil or dilation)]
             if dilation:
                 opsets = [o for o in opsets if o >= first]
-            for opset in opsets:
-                cases.append(Own(f"{name} opset {opset}", operator, (shape,), attributes, opset=opset))
-            cases.append(Own(f"{name} free", operator, (shape,), attributes, declared=(free,), opset=opsets[-1]))
+            cases += [Own(f"{name} opset {o}", operator, (shape,), attributes, opset=o) for o in opsets]
+            for opset in (opsets[0], opsets[-1]):
+                cases.append(Own(f"{name} free {opset}", operator, (shape,), attributes, declared=(free,), opset=opset))
             if operator == "AveragePool":
                 padded = {**attributes, "count_include_pad": 1}
                 cases.append(Own(f"{name} padded", operator, (shape,), padded, opset=opsets[-1]))
@@ -287,7 +395,9 @@ def _pool_cases() -> list[Own]:
             free = ("N", 3, *(f"S{i}" for i in range(len(shape) - 2)))
             cases.append(Own(f"{len(shape)}", operator, (shape,)))
             cases.append(Own(f"{len(shape)} free", operator, (shape,), declared=(free,)))
-            cases.append(Own(f"{len(shape)} nothing known", operator, (shape,), declared=((None,) * len(shape),), opset=9))
+            cases.append(
+                Own(f"{len(shape)} nothing known", operator, (shape,), declared=((None,) * len(shape),), opset=9)
+            )
     return cases
 
 
@@ -295,16 +405,22 @@ def _linear_cases() -> list[Own]:
     cases = []
     for ta in (0, 1):
         for tb in (0, 1):
-            a, b = ((4, 2) if ta else (2, 4)), ((3, 4) if tb else (4, 3))
+            left, right = ((4, 2) if ta else (2, 4)), ((3, 4) if tb else (4, 3))
             flags = {"transA": ta, "transB": tb, "alpha": 0.5, "beta": -1.5}
             cases += [
-                Own(f"{ta}{tb} all", "Gemm", (a, b, (2, 3)), flags),
-                Own(f"{ta}{tb} row", "Gemm", (a, b, (3,)), flags),
-                Own(f"{ta}{tb} column free", "Gemm", (a, b, (2, 1)), flags, declared=((None, None), b, (None, 1))),
-                Own(f"{ta}{tb} no c", "Gemm", (a, b), {"transA": ta, "transB": tb}),
+                Own(f"{ta}{tb} all", "Gemm", (left, right, (2, 3)), flags),
+                Own(f"{ta}{tb} row", "Gemm", (left, right, (3,)), flags),
+                Own(
+                    f"{ta}{tb} column free",
+                    "Gemm",
+                    (left, right, (2, 1)),
+                    flags,
+                    declared=((None, None), right, (None, 1)),
+                ),
+                Own(f"{ta}{tb} no c", "Gemm", (left, right), {"transA": ta, "transB": tb}),
             ]
     cases.append(Own("scalar c", "Gemm", ((2, 4), (4, 3), ()), {"beta": 2.0}))
-    shapes = [
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
         ((3,), (3,)),
         ((3,), (3, 4)),
         ((4, 3), (3,)),
@@ -378,7 +494,9 @@ def _norm_cases() -> list[Own]:
                 if opset < 11 and axis < 0:
                     continue  # negative axes came with opset 11
                 free = (("N", None, 4),)
-                cases.append(Own(f"{axis} opset {opset}", operator, ((2, 3, 4),), {"axis": axis}, declared=free, opset=opset))
+                cases.append(
+                    Own(f"{axis} opset {opset}", operator, ((2, 3, 4),), {"axis": axis}, declared=free, opset=opset)
+                )
         cases.append(Own("default 12", operator, ((2, 3, 4),), opset=12))
         cases.append(Own("default 13", operator, ((2, 3, 4),), opset=13))
     return cases
@@ -410,7 +528,11 @@ def _shape_cases() -> list[Own]:
         Own("Dropout 12", "Dropout", x, {}, (np.array(0.5),), opset=12),
         Own("to float64", "Cast", x, {"to": TensorProto.DOUBLE}, declared=free),
     ]
-    cases += [Own(f"axis {a} opset {o}", "Flatten", x, {"axis": a}, declared=free, opset=o) for a in (0, 1, 2, 3) for o in (9, 13)]
+    cases += [
+        Own(f"axis {a} opset {o}", "Flatten", x, {"axis": a}, declared=free, opset=o)
+        for a in (0, 1, 2, 3)
+        for o in (9, 13)
+    ]
     cases.append(Own("axis -1", "Flatten", x, {"axis": -1}, opset=11))
     for mode in ("constant", "reflect", "edge", "wrap"):
         opset = 19 if mode == "wrap" else 13
@@ -425,7 +547,14 @@ def _shape_cases() -> list[Own]:
         Own("negative", "Pad", ((4, 5, 4),), {}, (ints(-1, 2, -2, 1, -1, 0), np.array(1.5)), free, 13),
         Own("negative opset 9", "Pad", ((4, 5),), {"pads": [-1, 0, 0, -2], "value": 2.0}, opset=9),
         Own("axes", "Pad", ((4, 5, 4),), {}, (ints(1, 2), None, ints(-2)), free, 18),
-        Own("attributes", "Slice", ((4, 5, 6),), {"starts": [1, -3], "ends": [3, 100], "axes": [0, 2]}, declared=free, opset=9),
+        Own(
+            "attributes",
+            "Slice",
+            ((4, 5, 6),),
+            {"starts": [1, -3], "ends": [3, 100], "axes": [0, 2]},
+            declared=free,
+            opset=9,
+        ),
         Own("no axes", "Slice", ((4, 5),), {"starts": [1, 0], "ends": [3, -1]}, opset=9),
         Own("steps", "Slice", ((4, 5, 9),), {}, (ints(1, 0), ints(4, 9), ints(1, 2), ints(2, 3)), free, 13),
         Own("backwards", "Slice", ((4, 5),), {}, (ints(-1), ints(-(2**62)), ints(1), ints(-1)), (("N", "A"),), 13),
@@ -457,6 +586,10 @@ def test_own_case(case: Own) -> None:
 
 # Both runtimes and both profiles must agree where a spelling is left to the profile.
 NOT_IN_ORT = {
+    "LRN 2": "ONNX Runtime's LRN takes odd sizes",
+    "LRN 2 free": "ONNX Runtime's LRN takes odd sizes",
+    "LRN 4": "ONNX Runtime's LRN takes odd sizes",
+    "LRN 4 free": "ONNX Runtime's LRN takes odd sizes",
     "Conv SAME dilated": "ONNX Runtime has no dilation with SAME",
     "LRN 1 free channels": "ONNX Runtime's LRN takes four axes",
     "LRN 2 free channels": "ONNX Runtime's LRN takes four axes",
@@ -504,9 +637,13 @@ def _disagreement(case: Own, seed: int = 0) -> float:
 FUZZ = int(os.environ.get("ONNXGBP_FUZZ", "60"))
 
 
-def _random_case(number: int) -> Own | None:
-    """A geometry that the standard allows; None where the draw has no output element."""
+def _random_case(number: int) -> Own:
+    """A geometry that has an output and that ONNX Runtime runs."""
     rng = np.random.default_rng(1000 + number)
+    return next(case for case in iter(lambda: _draw(rng, number), 0) if isinstance(case, Own))
+
+
+def _draw(rng: np.random.Generator, number: int) -> Own | None:
     operator = ("Conv", "MaxPool", "AveragePool", "Conv", "ConvTranspose")[number % 5]
     rank = int(rng.choice([1, 2, 2, 2, 3]))
     kernel = rng.integers(1, 5, rank)
@@ -532,12 +669,15 @@ def _random_case(number: int) -> Own | None:
             del attributes["auto_pad"]
         if rng.random() < 0.5 and auto == "NOTSET":
             attributes["output_padding"] = [int(rng.integers(0, s)) for s in strides]
-        if (strides * (size - 1) + reach - pads[:rank] - pads[rank:] < 1).any() or (auto.startswith("SAME") and (reach < strides).any()):
-            return None
+        if (strides * (size - 1) + reach - pads[:rank] - pads[rank:] < 1).any() or auto.startswith("SAME"):
+            return None  # too small; SAME has a meaning of its own in each runtime
         attributes["group"] = group
         constants = (rng.standard_normal((channels, 3, *kernel)),)
     elif not auto.startswith("SAME") and (size + pads[:rank] + pads[rank:] < reach).any():
         return None
+    gaps = operator != "Conv" and bool((reach < strides).any())
+    if auto.startswith("SAME") and (gaps or (dilations > 1).any()):
+        return None  # ONNX Runtime has no dilation with SAME, and negative padding for a gap between windows
     if operator == "Conv":
         attributes["group"] = group
         constants = (rng.standard_normal((group * int(rng.integers(1, 4)), channels // group, *kernel)),)
@@ -559,7 +699,4 @@ def _random_case(number: int) -> Own | None:
 
 @pytest.mark.parametrize("number", range(FUZZ))
 def test_fuzz(number: int) -> None:
-    case = _random_case(number)
-    if case is None:
-        pytest.skip("this draw has no output element")
-    assert _disagreement(case, number) <= 5e-6
+    assert _disagreement(_random_case(number), number) <= 5e-6

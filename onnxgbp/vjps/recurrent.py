@@ -101,10 +101,16 @@ class _Cell:
                 dh = op.Add(dh, slices[-1])
                 slices = slices[:-1]
             following, output = step(dh, *others, *slices)
-            return following, [output]
+            return following, [_matrix(output)]
 
         last, outputs = self.sweep(one, states, [*sequences, *arriving])
         return last, outputs[0]
+
+
+def _matrix(value: ir.Value) -> ir.Value:
+    """Says that a tensor has two axes, whatever their sizes: ONNX Runtime wants the rank of what a Scan stacks."""
+    value.shape = ir.Shape([None, None])
+    return value
 
 
 # dgates [T, N, gates], dinitial_h, dinitial_c
@@ -205,7 +211,7 @@ def lstm(c: _Cell) -> _Result:
 
     def remember(cell: ir.Value, g_i: ir.Value, g_f: ir.Value, n: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
         following = op.Add(op.Mul(gate(g_f, p_f, cell), cell), op.Mul(gate(g_i, p_i, cell), n))
-        return [following], [following]
+        return [following], [_matrix(following)]
 
     _, (cells,) = c.sweep(remember, [c.initial_c], [g_i, g_f, n], forwards=True)
     cell = c.before(cells, c.initial_c)
@@ -308,11 +314,11 @@ def _cells(op: Emit, s: Step, layout: int) -> list[_Cell]:
                 part(_R),
                 one(given(_B), number, 0),
                 one(given(_P), number, 0) if s.node.op_type == "LSTM" else None,
-                one(given(_INITIAL_H), number, layout) or nothing,
-                one(given(_INITIAL_C), number, layout) or nothing,
+                _matrix(one(given(_INITIAL_H), number, layout) or nothing),
+                _matrix(one(given(_INITIAL_C), number, layout) or nothing),
                 sequence(dy) if dy is not None else None,
-                one(arriving(1), number, layout) or nothing,
-                one(arriving(2), number, layout) or nothing,
+                _matrix(one(arriving(1), number, layout) or nothing),
+                _matrix(one(arriving(2), number, layout) or nothing),
             )
         )
     return cells
