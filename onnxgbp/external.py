@@ -44,15 +44,15 @@ def whole(tensor: onnx.TensorProto) -> bool:
     """Whether a tensor that is stored in the model holds as many numbers as its shape says."""
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return True  # checked with its file
-    if tensor.data_type == onnx.TensorProto.UNDEFINED or any(dim < 0 for dim in tensor.dims):
+    if tensor.data_type == onnx.TensorProto.UNDEFINED or min(tensor.dims, default=0) < 0:
         return False
-    count = math.prod(tensor.dims)
+    count: int = math.prod(tensor.dims)
     if tensor.data_type == onnx.TensorProto.STRING:
-        return len(tensor.string_data) == count
+        return count == len(tensor.string_data)
     dtype = ir.DataType(tensor.data_type)
     if tensor.HasField("raw_data"):
-        return len(tensor.raw_data) == math.ceil(dtype.itemsize * count)
-    entries = len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type)))
+        return math.ceil(dtype.itemsize * count) == len(tensor.raw_data)
+    entries: int = len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type)))
     if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
         return entries == 2 * count
     return entries == math.ceil(count * min(dtype.itemsize, 1))  # types below a byte are packed

@@ -91,9 +91,14 @@ def _begin(op: Emit, y: ir.Value, x: ir.Value, geometry: Window, axis: int) -> i
     """The padding before the first element, as an int64 tensor of shape [1]."""
     if geometry.pads is not None:
         return op.int64([geometry.pads[axis]])
-    total = op.Max(op.Sub(_span(op, y, geometry, axis), op.dim(x, axis + 2)), [0])
+    total = _not_negative(op, op.Sub(_span(op, y, geometry, axis), op.dim(x, axis + 2)))
     half = op.Div(total, [2])
     return half if geometry.upper else op.Sub(total, half)
+
+
+def _not_negative(op: Emit, number: ir.Value) -> ir.Value:
+    """Max with 0; Max itself takes no integers before opset 12."""
+    return op.Where(op.Less(number, op.int64(0)), op.int64([0]), number)
 
 
 def _span(op: Emit, y: ir.Value, geometry: Window, axis: int) -> ir.Value:
@@ -215,7 +220,8 @@ def _padded(
     else:
         first = [_begin(op, y, sized, geometry, i) for i in range(rank)]
         last = [
-            op.Max(op.Sub(op.Sub(_span(op, y, geometry, i), op.dim(sized, i + 2)), first[i]), [0]) for i in range(rank)
+            _not_negative(op, op.Sub(op.Sub(_span(op, y, geometry, i), op.dim(sized, i + 2)), first[i]))
+            for i in range(rank)
         ]
         none = op.int64([0, 0])
         pads = op.Concat(none, *first, none, *last, axis=0)

@@ -175,6 +175,8 @@ def _check_proto(proto: onnx.ModelProto, where: str) -> None:
         raise OnnxgbpError(
             f"{where} has opset {opset}, newer than {newest}, the newest of onnx {onnx.__version__}: update onnx"
         )
+    if not proto.graph.output:
+        raise OnnxgbpError(f"{where} has no outputs: there is nothing to explain")
     if proto.training_info:
         raise OnnxgbpError(f"{where} is a training graph (it has training_info): export it for inference")
     for graph in external.graphs(proto.graph):

@@ -76,6 +76,12 @@ REFUSED = {
 }
 
 
+# Their result lies within the range of their input.
+_KEEPS_RANGE = frozenset(
+    "Expand Flatten GlobalMaxPool Identity MaxPool Reshape Slice Squeeze Tile Transpose Unsqueeze".split()
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantiser:
     """What a QuantizeLinear rounds and clips to: real numbers, scalars or of a shape that broadcasts to x.
@@ -86,6 +92,18 @@ class Quantiser:
     scale: Array
     low: Array
     high: Array
+
+    def holds(self, value: ir.Value) -> bool:
+        """Whether a tensor lies within the range for sure: it was quantised to it before, and only moved since."""
+        node = value.producer()
+        while node is not None and not node.domain and node.op_type in _KEEPS_RANGE and node.inputs[0] is not None:
+            node = node.inputs[0].producer()
+        maker = node.inputs[0].producer() if node is not None and node.inputs and node.inputs[0] is not None else None
+        if node is None or maker is None or (node.op_type, maker.op_type) != ("DequantizeLinear", "QuantizeLinear"):
+            return False
+        before = quantiser(maker)
+        one = self.scale.size == before.scale.size == 1  # an axis of its own may have been moved
+        return one and bool(self.low <= before.low and before.high <= self.high)
 
 
 def quantiser(node: ir.Node) -> Quantiser:

@@ -118,9 +118,11 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> tu
     types: Types = {}
     known: dict[str, onnx.TensorProto] = {}
     for value in graph.inputs:
-        if value.type is None or value.shape is None:
+        if value.type is None:
             continue
-        dims = [dim if isinstance(dim, int) else sizes.get(str(dim.value), str(dim.value)) for dim in value.shape]
+        dims: list[int | str | None] | None = None
+        if value.shape is not None:
+            dims = [d if isinstance(d, int) else sizes.get(str(d.value), str(d.value)) for d in value.shape]
         types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(value.type.dtype), dims)
     for name, value in graph.initializers.items():
         tensor = value.const_value

@@ -115,7 +115,7 @@ class ConvTranspose(OpRun):
         auto_pad: str = "NOTSET",
         dilations: Sequence[int] | None = None,
         group: int = 1,
-        kernel_shape: Sequence[int] | None = None,  # noqa: ARG002 - w tells
+        kernel_shape: Sequence[int] | None = None,
         output_padding: Sequence[int] | None = None,
         output_shape: Sequence[int] | None = None,
         pads: Sequence[int] | None = None,
@@ -316,8 +316,8 @@ class BatchNormalization(OpRun):
         mean: Array,
         var: Array,
         epsilon: float = 1e-5,
-        momentum: float = 0.9,  # noqa: ARG002 - for training
-        spatial: int = 1,  # noqa: ARG002 - no longer in the standard
+        momentum: float = 0.9,
+        spatial: int = 1,
         training_mode: int = 0,
     ) -> tuple[Array]:
         assert not training_mode

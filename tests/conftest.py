@@ -34,3 +34,7 @@ def squeezenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photo() -> Path:
     """Chelsea, a cat."""
     return ROOT / "models" / "photos" / "chelsea.png"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=60, help="how many random geometries of Conv and pooling to try")

@@ -20,8 +20,8 @@ CORPUS = Path(__file__).parent / "data" / "corpus"
 MODELS = sorted({row["onnx"] for row in json.loads((CORPUS / "manifest.json").read_text())})
 SEEDS = int(os.environ.get("MUTATIONS", "200"))
 OPERATORS = [
-    *("Relu Clip Max Mul Add MatMul Gemm Conv MaxPool AveragePool Softmax Reshape Transpose Concat Slice Pad Cast Where").split(),
-    *("Gather Identity Squeeze Unsqueeze Flatten ReduceMean BatchNormalization LSTM If Loop Nonsense Split Resize").split(),
+    *"Add AveragePool BatchNormalization Cast Clip Concat Conv Flatten Gather Gemm Identity If Loop LSTM MatMul".split(),
+    *"Max MaxPool Mul Nonsense Pad ReduceMean Relu Reshape Resize Slice Softmax Split Squeeze Transpose Where".split(),
 ]
 
 
@@ -106,7 +106,8 @@ def _change_weight(graph: onnx.GraphProto, dice: random.Random) -> None:
 def _rename_tensor(graph: onnx.GraphProto, dice: random.Random) -> None:
     node = dice.choice(graph.node)
     if node.output:
-        node.output[dice.randrange(len(node.output))] = dice.choice(["", "x", "attribution", "target", graph.output[0].name])
+        names = ["", "x", "attribution", "target", graph.output[0].name]
+        node.output[dice.randrange(len(node.output))] = dice.choice(names)
 
 
 def _drop_output(graph: onnx.GraphProto, dice: random.Random) -> None:

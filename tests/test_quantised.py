@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,12 +11,10 @@ import numpy as np
 import onnx
 import pytest
 from checking import Array, cosine, ort_run, small_model
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
-    QuantFormat,
     QuantType,
-    quantize_dynamic,
     quantize_static,
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checking import Array, check_vjp, cosine, ort_run, reference_run, small_model
+from checking import Array, check_vjp, cosine, forward_error, ort_run, reference_run, small_model
 from onnx import ModelProto, TensorProto, helper
 
 import onnxgbp
@@ -299,6 +299,6 @@ def test_torch_exports(kind: str, options: dict[str, Any], reads: str, opset: in
         converted = onnxgbp.convert(model, method="gradient", profile=profile)
         onnx.checker.check_model(converted, full_check=True)
         results, before = ort_run(converted, feeds), ort_run(model, feeds)
+        assert forward_error(before, results) < 1e-6  # ONNX Runtime moves a Transpose where Y is read twice
         assert cosine(results["attribution"], wanted) > 0.999999
         assert np.abs(results["attribution"] - wanted).max() < 1e-5 * np.abs(wanted).max()
-        assert all(np.array_equal(before[name], results[name]) for name in before)

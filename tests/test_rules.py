@@ -30,11 +30,11 @@ def attribution(model: ModelProto, x: Array, dy: Array, **options: Any) -> Array
 # --- literal replicas -----------------------------------------------------------------------------
 
 
-def gradient(x: Array, slope: Array, dy: Array) -> Array:  # noqa: ARG001 - the slope tells it all
+def gradient(x: Array, slope: Array, dy: Array) -> Array:
     return np.where(slope == 0, 0, dy * slope)
 
 
-def deconvnet(x: Array, slope: Array, dy: Array) -> Array:  # noqa: ARG001 - the forward pass plays no part
+def deconvnet(x: Array, slope: Array, dy: Array) -> Array:
     return np.where(dy > 0, dy, 0)
 
 

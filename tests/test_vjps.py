@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -634,8 +633,6 @@ def _disagreement(case: Own, seed: int = 0) -> float:
 
 # --- fuzz -----------------------------------------------------------------------------------------
 
-FUZZ = int(os.environ.get("ONNXGBP_FUZZ", "60"))
-
 
 def _random_case(number: int) -> Own:
     """A geometry that has an output and that ONNX Runtime runs."""
@@ -697,6 +694,10 @@ def _draw(rng: np.random.Generator, number: int) -> Own | None:
     return Own(str(number), operator, ((batch, channels, *size.tolist()),), attributes, constants, (declared,), opset)
 
 
-@pytest.mark.parametrize("number", range(FUZZ))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "number" in metafunc.fixturenames:
+        metafunc.parametrize("number", range(metafunc.config.getoption("--fuzz")))
+
+
 def test_fuzz(number: int) -> None:
     assert _disagreement(_random_case(number), number) <= 5e-6

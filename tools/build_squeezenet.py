@@ -77,7 +77,8 @@ class ArrayUnpickler(pickle.Unpickler):
 
 class Graph:
     """The nodes and initializers so far. Every method adds one step and returns its output's name,
-    which is the name of the node unless `output` says otherwise."""
+    which is the name of the node unless `output` says otherwise.
+    """
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
@@ -111,7 +112,8 @@ class Graph:
 
 def squeezenet(weights: Weights, labels: list[str]) -> onnx.ModelProto:
     """SqueezeNet 1.1 (Iandola et al., arXiv:1602.07360) as `ndf` lays it out: float `image`
-    [N, 3, 224, 224] -> `probabilities` [N, 1000], the Softmax of `logits`."""
+    [N, 3, 224, 224] -> `probabilities` [N, 1000], the Softmax of `logits`.
+    """
     graph = Graph(weights)
     # "Same" padding of an even side at stride 2 is one row and one column, at the far end.
     x = graph.relu(graph.conv("conv1", "image", strides=[2, 2], pads=[0, 0, 1, 1]))

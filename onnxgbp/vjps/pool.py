@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnxgbp.emit import Emit
 from onnxgbp.step import Step
 from onnxgbp.vjps.entry import inputs
+from onnxgbp.vjps.quantised import unrounded
 from onnxgbp.vjps.reduce import mean_over, pick_first
 from onnxgbp.window import window
 
@@ -14,7 +15,8 @@ __all__ = ["VJPS"]
 
 
 def max_pool_x(op: Emit, s: Step) -> ir.Value:
-    return op.private("MaxPoolGrad", s.dy, s.x, s.y, like=s.x, window=window(s), ceil=bool(s.argument("ceil_mode")))
+    x = unrounded(op, s.x)
+    return op.private("MaxPoolGrad", s.dy, x, s.y, like=s.x, window=window(s), ceil=bool(s.argument("ceil_mode")))
 
 
 def average_pool_x(op: Emit, s: Step) -> ir.Value:

@@ -14,7 +14,7 @@ from onnxgbp.quantisation import quantiser, scale_of
 from onnxgbp.step import Step
 from onnxgbp.vjps.entry import inputs
 
-__all__ = ["VJPS"]
+__all__ = ["VJPS", "unrounded"]
 
 
 def quantize_x(op: Emit, s: Step) -> ir.Value:
@@ -24,6 +24,8 @@ def quantize_x(op: Emit, s: Step) -> ir.Value:
     end, from where a float's rounding error must not push it out.
     """
     found = quantiser(s.node)
+    if found.holds(s.x):
+        return s.dy
     low, high = found.low - found.scale / 2, found.high + found.scale / 2
     inside = op.And(op.Greater(s.x, op.like(low, s.x)), op.Less(s.x, op.like(high, s.x)))
     return op.Where(inside, op.cast_like(s.dy, s.x), op.like(0, s.x))
@@ -36,6 +38,24 @@ def dequantize_x(op: Emit, s: Step) -> ir.Value:
         return s.dy  # and its maker says why there is no way on
     given, own = quantiser(maker).scale, scale_of(s)
     return s.dy if np.array_equal(given, own) else op.Mul(s.dy, op.like(own / given, s.dy))
+
+
+def unrounded(op: Emit, value: ir.Value) -> ir.Value:
+    """A dequantised tensor as it was before the rounding, clipped to the range; any other as it is.
+
+    Rounding to 256 steps makes most of the ties in a window. The largest number before it is one of the tied maxima too,
+    and the one that the float network would have taken.
+    """
+    maker = value.producer()
+    source = maker.inputs[0].producer() if maker is not None and maker.inputs and maker.inputs[0] is not None else None
+    if maker is None or source is None or (maker.op_type, source.op_type) != ("DequantizeLinear", "QuantizeLinear"):
+        return value
+    found, x = quantiser(source), source.inputs[0]
+    assert x is not None  # a QuantizeLinear has an input
+    if found.holds(x):
+        return op.cast_like(x, value)
+    clipped = op.Min(op.Max(x, op.like(found.low, x)), op.like(found.high, x))
+    return op.typed(op.cast_like(clipped, value), value)
 
 
 VJPS = {

@@ -1,0 +1,719 @@
+"""The usual architectures, written by hand in torch: their own operators, but few channels, few blocks, small inputs.
+
+`build(name)` gives a network with weights and BatchNorm statistics that depend on its name alone, in inference mode.
+In the ResNets, AlexNet and VGG each ReLU is a module of its own, as Captum needs it; the others mix modules and
+functions as their originals do.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CLASSES = 10
+VOCABULARY = 50
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+class ConvNorm(nn.Sequential):
+    """Conv without bias, BatchNorm, and an activation or none; pads keep the size unless they are given."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int | tuple[int, int] = 3,
+        stride: int = 1,
+        pad: int | tuple[int, int] | None = None,
+        groups: int = 1,
+        act: Callable[[], nn.Module] | None = nn.ReLU,
+    ) -> None:
+        if pad is None:
+            pad = kernel // 2 if isinstance(kernel, int) else (kernel[0] // 2, kernel[1] // 2)
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(outputs), *([act()] if act else []))
+
+
+class Parallel(nn.ModuleList):
+    """Branches on one input, side by side along the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self], 1)
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, width: int, inner: int, act: type[nn.Module], gate: type[nn.Module]) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.down, self.up = nn.Conv2d(width, inner, 1), nn.Conv2d(inner, width, 1)
+        self.act, self.gate = act(), gate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.up(self.act(self.down(self.pool(x)))))
+
+
+class Head(nn.Sequential):
+    """Global average, flat, linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(width, CLASSES))
+
+
+# --- convolutional nets ---------------------------------------------------------------------------
+
+
+def alexnet() -> nn.Module:
+    """With the groups and the local response normalisation of the paper."""
+
+    def norm() -> nn.Module:
+        return nn.LocalResponseNorm(5, alpha=0.1)  # at the paper's 1e-4 a missing term would not show
+
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 11, 4, 2), nn.ReLU(), norm(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(16, 32, 5, padding=2, groups=2), nn.ReLU(), norm(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(32, 48, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(48, 48, 3, padding=1, groups=2), nn.ReLU()),
+        *(nn.Conv2d(48, 32, 3, padding=1, groups=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(128, 64), nn.ReLU()),
+        *(nn.Dropout(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES)),
+    )
+
+
+def vgg16() -> nn.Module:
+    layers: list[nn.Module] = []
+    width = 3
+    for count, outputs in ((2, 8), (2, 16), (3, 32), (3, 64), (3, 64)):
+        for _ in range(count):
+            layers += [nn.Conv2d(width, outputs, 3, padding=1), nn.ReLU()]
+            width = outputs
+        layers.append(nn.MaxPool2d(2, 2))
+    hidden = [nn.Linear(64, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 64), nn.ReLU(), nn.Dropout()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *hidden, nn.Linear(64, CLASSES))
+
+
+class Residual(nn.Module):
+    """x + body(x), then ReLU; a 1x1 convolution on the shortcut where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *body: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+        changes = stride != 1 or inputs != outputs
+        self.short = ConvNorm(inputs, outputs, 1, stride, act=None) if changes else nn.Identity()
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.body(x) + self.short(x))
+
+
+def basic(inputs: int, width: int, stride: int) -> Residual:
+    return Residual(inputs, width, stride, ConvNorm(inputs, width, 3, stride), ConvNorm(width, width, act=None))
+
+
+def bottleneck(
+    inputs: int, width: int, stride: int, expand: int = 4, groups: int = 1, excite: bool = False
+) -> Residual:
+    outputs = width * expand
+    body: list[nn.Module] = [ConvNorm(inputs, width, 1), ConvNorm(width, width, 3, stride, groups=groups)]
+    if excite:
+        body.append(SqueezeExcite(width, max(inputs // 4, 2), nn.ReLU, nn.Sigmoid))
+    return Residual(inputs, outputs, stride, *body, ConvNorm(width, outputs, 1, act=None))
+
+
+def residual_net(
+    block: Callable[..., Residual], depths: Sequence[int], widths: Sequence[int], expand: int = 1
+) -> nn.Module:
+    layers: list[nn.Module] = [ConvNorm(3, widths[0], 7, 2), nn.MaxPool2d(3, 2, 1)]
+    inputs = widths[0]
+    for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        for index in range(depth):
+            layers.append(block(inputs, width, 2 if stage and not index else 1))
+            inputs = width * expand
+    return nn.Sequential(*layers, Head(inputs))
+
+
+def resnet18() -> nn.Module:
+    return residual_net(basic, (2, 2, 2, 2), (8, 16, 24, 32))
+
+
+def resnet50() -> nn.Module:
+    return residual_net(bottleneck, (2, 2, 2, 1), (4, 8, 12, 16), expand=4)
+
+
+def resnext() -> nn.Module:
+    def block(inputs: int, width: int, stride: int) -> Residual:
+        return bottleneck(inputs, width, stride, expand=2, groups=4)
+
+    return residual_net(block, (1, 2, 1), (8, 16, 24), expand=2)
+
+
+def regnet() -> nn.Module:
+    """RegNetY: groups of a fixed width, squeeze-and-excitation."""
+
+    def block(inputs: int, width: int, stride: int) -> Residual:
+        return bottleneck(inputs, width, stride, expand=1, groups=width // 8, excite=True)
+
+    return residual_net(block, (1, 2, 2), (8, 16, 32))
+
+
+class DenseLayer(nn.Module):
+    def __init__(self, inputs: int, growth: int = 8) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, 4 * growth, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.relu(self.norm1(x)))
+        return torch.cat([x, self.conv2(F.relu(self.norm2(y)))], 1)
+
+
+def densenet() -> nn.Module:
+    layers: list[nn.Module] = [ConvNorm(3, 16, 7, 2), nn.MaxPool2d(3, 2, 1)]
+    width = 16
+    for last in (False, False, True):
+        layers += [DenseLayer(width + 8 * index) for index in range(3)]
+        width += 24
+        layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        if not last:
+            layers += [nn.Conv2d(width, width // 2, 1, bias=False), nn.AvgPool2d(2, 2)]
+            width //= 2
+    return nn.Sequential(*layers, Head(width))
+
+
+class FunctionalConv(nn.Module):
+    """A convolution whose ReLU is a function, so that no module tells of it."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int] = 1, **options: int) -> None:
+        super().__init__()
+        self.conv = ConvNorm(inputs, outputs, kernel, act=None, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x), inplace=True)
+
+
+def googlenet() -> nn.Module:
+    conv = FunctionalConv
+
+    def inception(inputs: int, a: int, b: int, c: int, d: int) -> nn.Module:
+        return Parallel(
+            [
+                conv(inputs, a),
+                nn.Sequential(conv(inputs, b), conv(b, b, 3)),
+                nn.Sequential(conv(inputs, c), conv(c, c, 3)),
+                nn.Sequential(nn.MaxPool2d(3, 1, 1, ceil_mode=True), conv(inputs, d)),
+            ]
+        )
+
+    def pool() -> nn.Module:
+        return nn.MaxPool2d(3, 2, ceil_mode=True)
+
+    return nn.Sequential(
+        *(conv(3, 12, 7, stride=2), pool(), conv(12, 12), conv(12, 16, 3), pool()),
+        *(inception(16, 8, 12, 4, 4), inception(28, 8, 16, 8, 8), pool()),
+        *(inception(40, 16, 16, 8, 8), inception(48, 16, 24, 8, 8), nn.MaxPool2d(2, 2, ceil_mode=True)),
+        Head(56),
+    )
+
+
+def inception_v3() -> nn.Module:
+    """One of each of its five blocks."""
+    conv = FunctionalConv
+
+    def line(*parts: nn.Module) -> nn.Module:
+        return nn.Sequential(*parts)
+
+    def split(inputs: int, outputs: int) -> nn.Module:
+        return Parallel([conv(inputs, outputs, (1, 3)), conv(inputs, outputs, (3, 1))])
+
+    return nn.Sequential(
+        *(conv(3, 8, 3, stride=2, pad=0), conv(8, 8, 3, pad=0), conv(8, 12, 3), nn.MaxPool2d(3, 2)),
+        *(conv(12, 12, 1), conv(12, 16, 3, pad=0), nn.MaxPool2d(3, 2)),
+        Parallel(
+            [
+                conv(16, 8),
+                line(conv(16, 6), conv(6, 8, 5)),
+                line(conv(16, 8), conv(8, 12, 3), conv(12, 12, 3)),
+                line(nn.AvgPool2d(3, 1, 1), conv(16, 4)),
+            ]
+        ),
+        Parallel(
+            [
+                conv(32, 16, 3, stride=2, pad=0),
+                line(conv(32, 8), conv(8, 12, 3), conv(12, 12, 3, stride=2, pad=0)),
+                nn.MaxPool2d(3, 2),
+            ]
+        ),
+        Parallel(
+            [
+                conv(60, 12),
+                line(conv(60, 8), conv(8, 8, (1, 7)), conv(8, 12, (7, 1))),
+                line(conv(60, 8), conv(8, 8, (7, 1)), conv(8, 8, (1, 7)), conv(8, 8, (7, 1)), conv(8, 12, (1, 7))),
+                line(nn.AvgPool2d(3, 1, 1), conv(60, 12)),
+            ]
+        ),
+        Parallel(
+            [
+                line(conv(48, 12), conv(12, 16, 3, stride=2, pad=0)),
+                line(conv(48, 12), conv(12, 12, (1, 7)), conv(12, 12, (7, 1)), conv(12, 12, 3, stride=2, pad=0)),
+                nn.MaxPool2d(3, 2),
+            ]
+        ),
+        Parallel(
+            [
+                conv(76, 16),
+                line(conv(76, 16), split(16, 16)),
+                line(conv(76, 16), conv(16, 16, 3), split(16, 16)),
+                line(nn.AvgPool2d(3, 1, 1), conv(76, 8)),
+            ]
+        ),
+        Head(88),
+    )
+
+
+def squeezenet() -> nn.Module:
+    def fire(inputs: int, squeeze: int, expand: int) -> nn.Module:
+        sides = [nn.Conv2d(squeeze, expand, 1), nn.Conv2d(squeeze, expand, 3, padding=1)]
+        return nn.Sequential(
+            *(nn.Conv2d(inputs, squeeze, 1), nn.ReLU(inplace=True)),
+            Parallel([nn.Sequential(side, nn.ReLU(inplace=True)) for side in sides]),
+        )
+
+    def pool() -> nn.Module:
+        return nn.MaxPool2d(3, 2, ceil_mode=True)
+
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, 2), nn.ReLU(inplace=True), pool(), fire(16, 4, 12), fire(24, 4, 12), pool()),
+        *(fire(24, 8, 16), fire(32, 8, 16), pool(), fire(32, 8, 24), nn.Dropout()),
+        *(nn.Conv2d(48, CLASSES, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+
+
+class Inverted(nn.Module):
+    """Wide, depthwise, squeeze-and-excitation, narrow: the block of MobileNetV2, V3 and EfficientNet."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        expand: int,
+        kernel: int,
+        stride: int,
+        act: Callable[[], nn.Module],
+        excite: tuple[type[nn.Module], type[nn.Module]] | None = None,
+    ) -> None:
+        super().__init__()
+        width = inputs * expand
+        parts: list[nn.Module] = [ConvNorm(inputs, width, 1, act=act)] if expand > 1 else []
+        parts.append(ConvNorm(width, width, kernel, stride, groups=width, act=act))
+        if excite:
+            parts.append(SqueezeExcite(width, max(inputs // 4, 2), *excite))
+        self.body = nn.Sequential(*parts, ConvNorm(width, outputs, 1, act=None))
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x) if self.adds else self.body(x)
+
+
+def mobilenet_v2() -> nn.Module:
+    act = nn.ReLU6
+    return nn.Sequential(
+        ConvNorm(3, 8, 3, 2, act=act),
+        Inverted(8, 8, 1, 3, 1, act),
+        Inverted(8, 12, 6, 3, 2, act),
+        Inverted(12, 12, 6, 3, 1, act),
+        Inverted(12, 16, 6, 3, 2, act),
+        Inverted(16, 16, 6, 3, 1, act),
+        ConvNorm(16, 64, 1, act=act),
+        Head(64),
+    )
+
+
+def mobilenet_v3() -> nn.Module:
+    relu, swish, excite = nn.ReLU, nn.Hardswish, (nn.ReLU, nn.Hardsigmoid)
+    return nn.Sequential(
+        ConvNorm(3, 8, 3, 2, act=swish),
+        Inverted(8, 8, 1, 3, 2, relu, excite),
+        Inverted(8, 12, 4, 3, 2, relu),
+        Inverted(12, 12, 4, 3, 1, relu),
+        Inverted(12, 16, 4, 5, 2, swish, excite),
+        Inverted(16, 16, 4, 5, 1, swish, excite),
+        ConvNorm(16, 48, 1, act=swish),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 64), nn.Hardswish(), nn.Linear(64, CLASSES)),
+    )
+
+
+def efficientnet_b0() -> nn.Module:
+    act, excite = nn.SiLU, (nn.SiLU, nn.Sigmoid)
+    return nn.Sequential(
+        ConvNorm(3, 8, 3, 2, act=act),
+        Inverted(8, 8, 1, 3, 1, act, excite),
+        Inverted(8, 12, 6, 3, 2, act, excite),
+        Inverted(12, 12, 6, 5, 1, act, excite),
+        Inverted(12, 16, 6, 5, 2, act, excite),
+        ConvNorm(16, 64, 1, act=act),
+        Head(64),
+    )
+
+
+class Shuffle(nn.Module):
+    """ShuffleNetV2's unit: half of the channels pass (or both are halved in size), then the halves are shuffled."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        half, self.splits = outputs // 2, stride == 1
+        inputs = inputs // 2 if self.splits else inputs
+        self.right = nn.Sequential(
+            ConvNorm(inputs, half, 1), ConvNorm(half, half, 3, stride, groups=half, act=None), ConvNorm(half, half, 1)
+        )
+        down = [ConvNorm(inputs, inputs, 3, stride, groups=inputs, act=None), ConvNorm(inputs, half, 1)]
+        self.left = nn.Identity() if self.splits else nn.Sequential(*down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, 1) if self.splits else (x, x)
+        y = torch.cat([self.left(left), self.right(right)], 1)
+        n, c, h, w = y.shape
+        return y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+class MeanHead(nn.Module):
+    """ShuffleNetV2's own head: a mean over the plane, not a pool."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.mean([2, 3]))
+
+
+def shufflenet_v2() -> nn.Module:
+    return nn.Sequential(
+        *(ConvNorm(3, 8, 3, 2), nn.MaxPool2d(3, 2, 1)),
+        *(Shuffle(8, 16, 2), Shuffle(16, 16, 1), Shuffle(16, 16, 1), Shuffle(16, 32, 2), Shuffle(32, 32, 1)),
+        *(ConvNorm(32, 48, 1), MeanHead(48)),
+    )
+
+
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm, self.mlp = nn.LayerNorm(width, 1e-6), mlp(width, 4 * width)
+        self.scale = nn.Parameter(torch.rand(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mlp(self.norm(self.depthwise(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return x + self.scale * y
+
+
+def convnext() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 4, 4), LayerNorm2d(8, 1e-6), ConvNeXtBlock(8)),
+        *(LayerNorm2d(8, 1e-6), nn.Conv2d(8, 16, 2, 2), ConvNeXtBlock(16), ConvNeXtBlock(16)),
+        *(nn.AdaptiveAvgPool2d(1), LayerNorm2d(16, 1e-6), nn.Flatten(), nn.Linear(16, CLASSES)),
+    )
+
+
+# --- transformers and mixers ----------------------------------------------------------------------
+
+
+def mlp(width: int, hidden: int, act: nn.Module | None = None) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, hidden), act or nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, width))
+
+
+class FusedAttention(nn.Module):
+    """One matrix for queries, keys and values; torch's own scaled dot product."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, c = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(n, t, c))
+
+
+class ModuleAttention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class Block(nn.Module):
+    """Norm first, attention, norm, MLP."""
+
+    def __init__(self, width: int, attention: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
+        self.attention, self.mlp = attention, mlp(width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Patches(nn.Module):
+    """[N, 3, H, W] to [N, patches, width]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).flatten(2).transpose(1, 2)
+
+
+class Transformer(nn.Module):
+    """ViT with one extra token; DeiT with two, each with a head of its own, averaged."""
+
+    def __init__(self, attention: Callable[[int, int], nn.Module], extra: int, width: int = 24) -> None:
+        super().__init__()
+        self.patches, self.norm = Patches(width), nn.LayerNorm(width, 1e-6)
+        self.tokens = nn.Parameter(torch.randn(1, extra, width))
+        self.positions = nn.Parameter(torch.randn(1, 16 + extra, width))
+        self.blocks = nn.Sequential(*[Block(width, attention(width, 3)) for _ in range(2)])
+        self.heads = nn.ModuleList([nn.Linear(width, CLASSES) for _ in range(extra)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.patches(x)
+        y = torch.cat([self.tokens.expand(x.shape[0], -1, -1), y], 1) + self.positions
+        y = self.norm(self.blocks(y))
+        return torch.stack([head(y[:, i]) for i, head in enumerate(self.heads)]).mean(0)
+
+
+def vit() -> nn.Module:
+    return Transformer(lambda width, heads: ModuleAttention(width, heads, batch_first=True), 1)
+
+
+def deit() -> nn.Module:
+    return Transformer(FusedAttention, 2)
+
+
+class WindowAttention(nn.Module):
+    """Swin's: attention within windows, the second block's shifted by half of one, with a bias per relative position."""
+
+    def __init__(self, width: int, heads: int, size: int, window: int, shift: int) -> None:
+        super().__init__()
+        self.heads, self.window, self.shift = heads, window, shift
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads))
+        at = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
+        apart = at[:, :, None] - at[:, None, :] + window - 1
+        self.register_buffer("index", (apart[0] * (2 * window - 1) + apart[1]).flatten())
+        region = torch.bucketize(torch.arange(size), torch.tensor([size - window, size - shift]), right=True)
+        if not shift:
+            region = torch.zeros_like(region)
+        area = self.split((region[:, None] * 3 + region)[None, :, :, None]).squeeze(-1)
+        self.register_buffer("mask", (area[:, None, :] != area[:, :, None]).float() * -100.0)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[N, H, W, C] to [N windows, window^2, C]."""
+        (n, h, w, c), m = x.shape, self.window
+        return x.view(n, h // m, m, w // m, m, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, m * m, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (n, h, w, c), m = x.shape, self.window
+        y = self.split(torch.roll(x, (-self.shift, -self.shift), (1, 2)) if self.shift else x)
+        q, k, v = self.qkv(y).reshape(-1, m * m, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q * (c // self.heads) ** -0.5) @ k.transpose(-2, -1)
+        scores = scores + self.table[self.index].view(m * m, m * m, -1).permute(2, 0, 1).contiguous()
+        if self.shift:
+            scores = scores.view(n, -1, self.heads, m * m, m * m) + self.mask[:, None]
+            scores = scores.view(-1, self.heads, m * m, m * m)
+        y = self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, m * m, c))
+        y = y.view(n, h // m, w // m, m, m, c).permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, c)
+        return torch.roll(y, (self.shift, self.shift), (1, 2)) if self.shift else y
+
+
+class Merge(nn.Module):
+    """Four neighbours into one of twice the width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.reduction = nn.LayerNorm(4 * width), nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        corners = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
+        return self.reduction(self.norm(torch.cat(corners, -1)))
+
+
+class Swin(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.patches, self.norm0 = nn.Conv2d(3, width, 4, 4), nn.LayerNorm(width)
+        self.stages = nn.Sequential(
+            *(Block(width, WindowAttention(width, 2, 8, 4, shift)) for shift in (0, 2)),
+            Merge(width),
+            Block(2 * width, WindowAttention(2 * width, 4, 4, 4, 0)),
+        )
+        self.norm, self.head = nn.LayerNorm(2 * width), nn.Linear(2 * width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stages(self.norm0(self.patches(x).permute(0, 2, 3, 1)))
+        return self.head(self.norm(y).mean((1, 2)))
+
+
+class MixerBlock(nn.Module):
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.across, self.along = mlp(tokens, 2 * tokens), mlp(width, 4 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.across(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.along(self.norm2(x))
+
+
+class Mixer(nn.Sequential):
+    def __init__(self, width: int = 16) -> None:
+        blocks = [MixerBlock(16, width) for _ in range(2)]
+        super().__init__(Patches(width), *blocks, nn.LayerNorm(width))
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return self.head(x.mean(1))
+
+
+class BertLayer(nn.Module):
+    """Attention, norm, MLP, norm; the mask is added to the scores."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm1, self.norm2 = nn.LayerNorm(width, 1e-12), nn.LayerNorm(width, 1e-12)
+        self.mlp = mlp(width, 2 * width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        n, t, c = x.shape
+        q, k, v = (f(x).view(n, t, self.heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(n, t, c)
+        x = self.norm1(x + self.out(y))
+        return self.norm2(x + self.mlp(x))
+
+
+class Bert(nn.Module):
+    def __init__(self, width: int = 24, longest: int = 16) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(longest, width)
+        self.types, self.norm = nn.Embedding(2, width), nn.LayerNorm(width, 1e-12)
+        self.layers = nn.ModuleList([BertLayer(width, 3) for _ in range(2)])
+        self.pooler, self.classifier = nn.Linear(width, width), nn.Linear(width, CLASSES)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        length = ids.shape[1]
+        at = torch.arange(length, device=ids.device).unsqueeze(0)
+        y = self.norm(self.words(ids) + self.types(torch.zeros_like(ids)) + self.positions(at))
+        mask = (1.0 - attention_mask[:, None, None, :].to(y.dtype)) * torch.finfo(y.dtype).min
+        mask = mask.expand(-1, -1, length, -1)
+        for layer in self.layers:
+            y = layer(y, mask)
+        return self.classifier(torch.tanh(self.pooler(y[:, 0])))
+
+
+# --- sequences ------------------------------------------------------------------------------------
+
+
+def cnn_1d() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv1d(4, 12, 7, 2, 3, bias=False), nn.BatchNorm1d(12), nn.ReLU(), nn.MaxPool1d(3, 2, 1)),
+        *(nn.Conv1d(12, 16, 3, padding=2, dilation=2, groups=2), nn.LeakyReLU(0.1), nn.AvgPool1d(2)),
+        *(nn.ConstantPad1d((2, 0), 0.0), nn.Conv1d(16, 16, 3), nn.BatchNorm1d(16), nn.ELU()),
+        *(nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(16, CLASSES)),
+    )
+
+
+class Recurrent(nn.Module):
+    """[N, T, 6]; the last step of one direction, the mean of all."""
+
+    def __init__(self, cell: type[nn.LSTM] | type[nn.GRU], layers: int, bidirectional: bool) -> None:
+        super().__init__()
+        self.cell = cell(6, 12, layers, batch_first=True, bidirectional=bidirectional)
+        self.head = nn.Linear(12 * (1 + bidirectional), CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.cell(x)
+        return self.head(y[:, -1] + y.mean(1))
+
+
+# --- the registry ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Net:
+    """make: the network; shape: of one sample, or None for token ids; smooth: no kink decides a sign anywhere."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...] | None = (3, 32, 32)
+    smooth: bool = False
+
+    def feeds(self, batch: int) -> dict[str, Tensor]:
+        """Inputs by name, in the order of the network's arguments; the same at every call."""
+        draw = torch.Generator().manual_seed(batch)
+        if self.shape is not None:
+            return {"x": torch.randn(batch, *self.shape, generator=draw)}
+        lengths = torch.randint(5, 13, (batch, 1), generator=draw)
+        ids = torch.randint(0, VOCABULARY, (batch, 12), generator=draw)
+        return {"ids": ids, "attention_mask": (torch.arange(12) < lengths).long()}
+
+
+NETS: dict[str, Net] = {
+    "AlexNet": Net(alexnet, (3, 96, 96)),
+    "VGG-16": Net(vgg16),
+    "ResNet-18": Net(resnet18, (3, 64, 64)),
+    "ResNet-50": Net(resnet50, (3, 64, 64)),
+    "ResNeXt": Net(resnext, (3, 64, 64)),
+    "DenseNet": Net(densenet, (3, 64, 64)),
+    "GoogLeNet": Net(googlenet, (3, 64, 64)),
+    "Inception-v3": Net(inception_v3, (3, 80, 80)),
+    "SqueezeNet": Net(squeezenet, (3, 64, 64)),
+    "MobileNetV2": Net(mobilenet_v2),
+    "MobileNetV3": Net(mobilenet_v3),
+    "EfficientNet-B0": Net(efficientnet_b0, smooth=True),
+    "ShuffleNetV2": Net(shufflenet_v2, (3, 64, 64)),
+    "RegNet": Net(regnet, (3, 64, 64)),
+    "ConvNeXt": Net(convnext, smooth=True),
+    "ViT": Net(vit, smooth=True),
+    "DeiT": Net(deit, smooth=True),
+    "Swin": Net(Swin, smooth=True),
+    "MLP-Mixer": Net(Mixer, smooth=True),
+    "CNN-1D": Net(cnn_1d, (4, 50)),
+    "LSTM": Net(lambda: Recurrent(nn.LSTM, 2, True), (9, 6), smooth=True),
+    "GRU": Net(lambda: Recurrent(nn.GRU, 1, False), (9, 6), smooth=True),
+    "BERT": Net(Bert, None, smooth=True),
+}
+
+
+def build(name: str) -> nn.Module:
+    """One of NETS in inference mode: He weights, BatchNorm and LayerNorm with something to do."""
+    with torch.random.fork_rng():
+        torch.manual_seed(zlib.crc32(name.encode()))
+        net = NETS[name].make()
+        for module in net.modules():
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.normal_(module.bias, std=0.1)
+            elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm):
+                nn.init.normal_(module.weight, 1.0, 0.1)
+                nn.init.normal_(module.bias, std=0.1)
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                nn.init.normal_(module.running_mean, std=0.1)
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return net.eval().requires_grad_(False)
