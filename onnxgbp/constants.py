@@ -13,9 +13,9 @@ __all__ = ["FOLDABLE", "SMALL", "constant_value", "evaluate", "is_constant"]
 
 SMALL = 1 << 16  # elements: what tells a shape, a threshold or one number per channel is never larger
 FOLDABLE = frozenset(
-    "Abs Add And Cast Ceil Concat ConstantOfShape Div Equal Expand Floor Gather Greater Identity Less Max Min Mod Mul Neg Not "
-    "Pow Range Reciprocal ReduceProd ReduceSum Reshape Shape Size Slice Sqrt Squeeze Sub Transpose Unsqueeze "
-    "Where".split()
+    "Abs Add And Cast Ceil Concat ConstantOfShape Div Equal Expand Floor Gather Greater Identity Less Max "
+    "Min Mod Mul Neg Not Pow Range Reciprocal ReduceProd ReduceSum Reshape Shape Size Slice Sqrt Squeeze "
+    "Sub Transpose Unsqueeze Where".split()
 )
 
 

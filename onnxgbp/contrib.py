@@ -1,8 +1,8 @@
 """Operators of `com.microsoft` in the standard's words, as optimisers and Microsoft's exporters write them.
 
 CONTRIB maps an operator to a function `(op, step) -> outputs` that writes what a node computes in standard operators
-and gives the node's outputs in their order; the last ones may be missing where nobody reads them. An activation that was
-fused into its layer becomes a node of its own again, which the rules then see. Attention stands in `attention.py`.
+and gives the node's outputs in their order; the last ones may be missing where nobody reads them. An activation that
+was fused into its layer becomes a node of its own again, which the rules then see. Attention stands in `attention.py`.
 """
 
 from __future__ import annotations

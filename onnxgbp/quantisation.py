@@ -16,7 +16,16 @@ from onnxgbp.constants import constant_value
 from onnxgbp.emit import is_float
 from onnxgbp.step import Step
 
-__all__ = ["REFUSED", "Quantiser", "carries_integers", "hidden_relu", "quantiser", "scale_of"]
+__all__ = [
+    "REFUSED",
+    "Quantiser",
+    "carries_integers",
+    "hidden_relu",
+    "quantiser",
+    "quantiser_behind",
+    "readable",
+    "scale_of",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -97,13 +106,13 @@ class Quantiser:
         """Whether a tensor lies within the range for sure: it was quantised to it before, and only moved since."""
         node = value.producer()
         while node is not None and not node.domain and node.op_type in _KEEPS_RANGE and node.inputs[0] is not None:
-            node = node.inputs[0].producer()
-        maker = node.inputs[0].producer() if node is not None and node.inputs and node.inputs[0] is not None else None
-        if node is None or maker is None or (node.op_type, maker.op_type) != ("DequantizeLinear", "QuantizeLinear"):
+            value = node.inputs[0]
+            node = value.producer()
+        maker = quantiser_behind(value)
+        before = readable(maker) if maker is not None else None
+        if before is None or self.scale.size > 1 or before.scale.size > 1:  # an axis of its own may have been moved
             return False
-        before = quantiser(maker)
-        one = self.scale.size == before.scale.size == 1  # an axis of its own may have been moved
-        return one and bool(self.low <= before.low and before.high <= self.high)
+        return bool(self.low <= before.low and before.high <= self.high)
 
 
 def quantiser(node: ir.Node) -> Quantiser:
@@ -120,6 +129,24 @@ def quantiser(node: ir.Node) -> Quantiser:
     smallest = -(2 ** (bits - 1)) if kind.name.startswith("INT") else 0
     scale, zero = scale_of(step), _parameter(step, 2) if step.has(2) else np.zeros(())
     return Quantiser(scale, (smallest - zero) * scale, (smallest + 2**bits - 1 - zero) * scale)
+
+
+def readable(node: ir.Node) -> Quantiser | None:
+    """As `quantiser`, with None in the place of an error."""
+    if node.outputs[0].dtype not in _INTEGERS or "block_size" in node.attributes:
+        return None
+    if any(constant_value(value) is None for value in node.inputs[1:] if value is not None):
+        return None
+    return quantiser(node)
+
+
+def quantiser_behind(value: ir.Value) -> ir.Node | None:
+    """The QuantizeLinear whose integers a tensor stands for, where a DequantizeLinear made it from such."""
+    maker = value.producer()
+    if maker is None or maker.domain or maker.op_type != "DequantizeLinear" or maker.inputs[0] is None:
+        return None
+    source = maker.inputs[0].producer()
+    return source if source is not None and not source.domain and source.op_type == "QuantizeLinear" else None
 
 
 def scale_of(step: Step) -> Array:
@@ -156,12 +183,10 @@ def hidden_relu(node: ir.Node) -> Quantiser | None:
     operator. Where x cannot be negative anyway there was none: it comes out of a ReLU, or is the model's own input, of
     which the quantiser saw no negative value.
     """
-    if node.domain or node.op_type != "QuantizeLinear" or node.outputs[0].dtype not in _INTEGERS:
+    found = readable(node) if node.op_type == "QuantizeLinear" and not node.domain else None
+    if found is None or np.any(found.low != 0) or _non_negative(node.inputs[0], {}):
         return None
-    if "block_size" in node.attributes or any(constant_value(value) is None for value in node.inputs[1:] if value):
-        return None
-    found = quantiser(node)
-    return None if np.any(found.low != 0) or _non_negative(node.inputs[0], {}) else found
+    return found
 
 
 def _non_negative(value: ir.Value | None, known: dict[ir.Value, bool]) -> bool:
@@ -191,10 +216,9 @@ def _holds_no_negative(value: ir.Value, known: dict[ir.Value, bool]) -> bool:
         low = constant_value(Step(node).tensor("min"))
         return low is not None and bool(np.all(low >= 0))
     if node.op_type == "DequantizeLinear":
-        source = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if source is None or source.op_type != "QuantizeLinear":
-            return False
-        return hidden_relu(source) is not None or _non_negative(source.inputs[0], known)
+        source = quantiser_behind(value)
+        found = readable(source) if source is not None else None
+        return found is not None and bool(np.all(found.low >= 0))
     return node.op_type in _NON_NEGATIVE
 
 

@@ -11,24 +11,35 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx
 
+from onnxgbp.compare import (
+    angle,
+    at_opset,
+    checker_complaint,
+    extract,
+    first_line,
+    label_of,
+    median_error,
+    needed_tensors,
+    opset_of,
+    relative_difference,
+    resolution,
+    structural_faults,
+)
 from onnxgbp.convert import convert
 from onnxgbp.emit import numel
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.float64 import evaluator, to_float64
-from onnxgbp.model import METADATA, Source, load, raised, to_proto
+from onnxgbp.float64 import to_float64
+from onnxgbp.model import METADATA, load
+from onnxgbp.trial import Array, Arrays, Run, is_free, onnxruntime_module, random_inputs, rank_of, reference, session
 
 __all__ = ["Check", "Report", "verify_model"]
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
-Arrays: TypeAlias = dict[str, Array]
-Run: TypeAlias = "Callable[[Mapping[str, Array]], dict[str, Any]]"
 
 STANDARD = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 _FACTS = ("version", "method", "rules", "activations", "target", "explained", "wrt", "profile", "sha256")
@@ -173,7 +184,7 @@ class _Verification:
         if "method" not in self.record.said:
             raise OnnxgbpError(f"{out} is no converted file: it has no {METADATA}method in its metadata")
         self.source = load(source) if source is not None else None
-        _onnxruntime()
+        onnxruntime_module()
 
     def rows(self) -> Iterator[Check]:
         yield self._row("recorded facts", self._facts)
@@ -193,7 +204,7 @@ class _Verification:
         except _Failed as failure:
             return Check(name, False, str(failure))
         except Exception as error:  # noqa: BLE001 - runtimes raise many kinds, and a report has to hold each
-            return Check(name, False, f"could not be checked: {_first_line(error)}")
+            return Check(name, False, f"could not be checked: {first_line(error)}")
         return dataclasses.replace(outcome, name=name) if isinstance(outcome, Check) else Check(name, True, outcome)
 
     # The checks, in the order of the report.
@@ -212,20 +223,20 @@ class _Verification:
         for result, name in self.record.results.items():
             if known[result] != known[name]:
                 raise _Failed(f"output '{result}' is not of the type of '{name}'")
-        return f"opset {_opset(self.proto)}, IR {self.proto.ir_version}{self._raised()}"
+        return f"opset {opset_of(self.proto)}, IR {self.proto.ir_version}{self._raised()}"
 
     def _raised(self) -> str:
         """What the conversion raised, where it says so; a failure where the source needs no such thing."""
         if self.source_path is None:
             return ""
         source = onnx.load(self.source_path, load_external_data=False)
-        opset, version = _opset(source), source.ir_version
-        if _opset(self.proto) <= opset and self.proto.ir_version <= version:
+        opset, version = opset_of(source), source.ir_version
+        if opset_of(self.proto) <= opset and self.proto.ir_version <= version:
             return ", as the source"
         fresh = self.record.convert(str(self.source_path))
-        if _opset(self.proto) > _opset(fresh) or self.proto.ir_version > fresh.ir_version:
+        if opset_of(self.proto) > opset_of(fresh) or self.proto.ir_version > fresh.ir_version:
             raise _Failed(
-                f"opset {_opset(self.proto)}, IR {self.proto.ir_version} are above the source's {opset}, {version}"
+                f"opset {opset_of(self.proto)}, IR {self.proto.ir_version} are above the source's {opset}, {version}"
             )
         return f", raised from opset {opset} and IR {version}, since the gradient needs it"
 
@@ -233,16 +244,16 @@ class _Verification:
         faults = [f"local function {function.name}" for function in self.proto.functions]
         forward = {output for node in self.forward.graph.node for output in node.output}
         own = {node.domain for node in self.forward.graph.node if not node.domain.startswith("onnxgbp")}
-        needed = _needed(self.proto.graph, [output.name for output in self.proto.graph.output])
+        needed = needed_tensors(self.proto.graph, [output.name for output in self.proto.graph.output])
         for node in self.proto.graph.node:
             if node.domain not in STANDARD and (node.domain not in own or not forward & set(node.output)):
-                faults.append(f"node '{_label(node)}' is {node.op_type} of domain '{node.domain}'")
+                faults.append(f"node '{label_of(node)}' is {node.op_type} of domain '{node.domain}'")
             if not needed & set(node.output):
-                faults.append(f"nothing needs node '{_label(node)}'")
+                faults.append(f"nothing needs node '{label_of(node)}'")
         note = ""
-        if complaint := _complaint(str(self.out)):
+        if complaint := checker_complaint(str(self.out)):
             # A source that the checker does not pass cannot be made to pass: not a node of it is changed.
-            if _complaint(self.forward) is None:
+            if checker_complaint(self.forward) is None:
                 faults.append(f"onnx.checker: {complaint}")
             else:
                 note = f"; onnx.checker does not pass the source either: {complaint}"
@@ -264,7 +275,7 @@ class _Verification:
         assert self.source is not None
         assert self.source_path is not None
         faults, count = [], 0
-        for fault in _compare(_at_opset(self.source, self.source_path, _opset(self.proto)), self.proto):
+        for fault in structural_faults(at_opset(self.source, self.source_path, opset_of(self.proto)), self.proto):
             count += fault is None
             faults += [fault] if fault else []
         said = f"{count} nodes and weights, bit for bit" if not faults else "; ".join(faults[:3])
@@ -280,15 +291,15 @@ class _Verification:
                 wanted = original(feeds)
             except Exception as error:  # noqa: BLE001 - a source that only takes the exported batch, for instance
                 if batch in (None, 1):
-                    raise _Failed(f"the source does not run: {_first_line(error)}") from None
+                    raise _Failed(f"the source does not run: {first_line(error)}") from None
                 continue
             found = self.out_run(self._with_extra(feeds))
             batches.append(str(batch or "as fixed"))
             for name in names:
                 if name not in wanted:
                     raise _Failed(f"output '{name}' is none of the source's")
-                difference = _difference(found[name], wanted[name])
-                tolerance = max(tolerance, _resolution(wanted[name]))
+                difference = relative_difference(found[name], wanted[name])
+                tolerance = max(tolerance, resolution(wanted[name]))
                 if not difference <= worst:
                     worst, where = difference, name
         missing = [name for name in wanted if name not in names]
@@ -330,7 +341,7 @@ class _Verification:
     def _best_step(self, gradient: onnx.ModelProto, kind: str) -> tuple[float, list[float]]:
         """The first step that agrees, or else the nearest, with the relative errors along the directions."""
         feeds = self._cast(self._with_extra(self.feeds), kind)
-        found = self._engine(_extract(gradient, self._types, list(self.record.results)), kind)(feeds)
+        found = self._engine(extract(gradient, self._types, list(self.record.results)), kind)(feeds)
         tried = []
         for step in _STEPS[kind]:
             tried.append((step, self._directions(found, kind, step)))
@@ -341,7 +352,7 @@ class _Verification:
     def _directions(self, found: Arrays, kind: str, relative: float) -> list[float]:
         errors = list[float]()
         for result, name in self.record.results.items():
-            cut = _extract(self.forward, self._types, [self.record.said["explained"]], stop={name})
+            cut = extract(self.forward, self._types, [self.record.said["explained"]], stop={name})
             run = self._engine(cut, kind)
             base = self._cast({**self.feeds, **self.middle}, kind)
             x, slope = base[name], found[result].astype(np.float64)
@@ -368,16 +379,16 @@ class _Verification:
 
     def _reproduced(self) -> Check:
         self._require_facts()
-        fresh = _session(self.record.convert(self.forward_model))(self._with_extra(self.feeds))
+        fresh = session(self.record.convert(self.forward_model))(self._with_extra(self.feeds))
         found = self.found
         worst, median, tolerance = 0.0, 0.0, _MEDIAN
         for result in self.record.results:
             a, b = found[result].astype(np.float64), fresh[result].astype(np.float64)
             if a.shape != b.shape:
                 raise _Failed(f"'{result}' has shape {list(a.shape)}, a fresh conversion gives {list(b.shape)}")
-            worst = max(worst, _angle(a, b))
-            median = max(median, _median_error(a, b))
-            tolerance = max(tolerance, 8 * _resolution(fresh[result]))
+            worst = max(worst, angle(a, b))
+            median = max(median, median_error(a, b))
+            tolerance = max(tolerance, 8 * resolution(fresh[result]))
         target, wanted = found["attribution_target"], fresh["attribution_target"]
         if not np.array_equal(target, wanted) or not np.array_equal(target, self.expected_target):
             raise _Failed(f"attribution_target is {target.tolist()}, it should be {self.expected_target.tolist()}")
@@ -396,8 +407,8 @@ class _Verification:
         try:
             wide = self._engine(self.proto, "float64")(self._cast(self._with_extra(self.feeds), "float64"))
         except Exception as error:  # noqa: BLE001 - an operator that the reference evaluator lacks, or has no float64 of
-            return Check("", True, f"not run: the reference evaluator stops at {_first_line(error)}")
-        worst = max(_angle(found[result], wide[result]) for result in found)
+            return Check("", True, f"not run: the reference evaluator stops at {first_line(error)}")
+        worst = max(angle(found[result], wide[result]) for result in found)
         said = "1 - cosine of the map in onnxruntime and in float64 on the reference evaluator"
         return Check("", worst <= _RUNTIME, said, worst, _RUNTIME)
 
@@ -428,7 +439,7 @@ class _Verification:
         """The file without what the conversion added, whether or not that is the source."""
         names = [output.name for output in self.proto.graph.output if output.name not in self._added]
         keep = [] if self.record.missing else [self.record.said["explained"], *self.record.wrt]
-        cut = _extract(self.proto, self._types, [*names, *(name for name in keep if name in self._types)])
+        cut = extract(self.proto, self._types, [*names, *(name for name in keep if name in self._types)])
         del cut.graph.output[len(names) :]
         read = {value.name for value in cut.graph.input}
         cut.graph.input.extend(
@@ -443,21 +454,21 @@ class _Verification:
 
     @functools.cached_property
     def original_run(self) -> Run:
-        return _session(self.source_path if self.source_path is not None else self.forward)
+        return session(self.source_path if self.source_path is not None else self.forward)
 
     @functools.cached_property
     def out_run(self) -> Run:
-        return _session(self.out)
+        return session(self.out)
 
     @functools.cached_property
     def inner_run(self) -> Run:
         """The forward part up to the explained tensor and those that are attributed to."""
         inner = [name for name in self.record.wrt if name not in {value.name for value in self._fed}]
-        return _session(_extract(self.forward, self._types, [self.record.said["explained"], *inner]))
+        return session(extract(self.forward, self._types, [self.record.said["explained"], *inner]))
 
     @functools.cached_property
     def free_batch(self) -> bool:
-        return any(_is_free(value, 0) for value in self._fed)
+        return any(is_free(value, 0) for value in self._fed)
 
     @functools.cached_property
     def _fed(self) -> list[onnx.ValueInfoProto]:
@@ -471,18 +482,18 @@ class _Verification:
     def free_sizes(self) -> tuple[int, int]:
         """Channels, and any other free dim that is not the batch, with which the model runs."""
         choices = [(channels, size) for size in _SIZES for channels in _CHANNELS]
-        if not any(_is_free(value, axis) for value in self._fed for axis in range(1, _rank(value))):
+        if not any(is_free(value, axis) for value in self._fed for axis in range(1, rank_of(value))):
             return choices[0]
         for sizes in choices:
             try:
-                _session(self.forward)(_random_inputs(self._fed, 1, sizes, 1.0))
+                session(self.forward)(random_inputs(self._fed, 1, sizes, 1.0))
             except Exception:  # noqa: BLE001, S112 - too small for its strides, say: the next is tried
                 continue
             return sizes
         raise _Failed(f"the model runs with none of the sizes {', '.join(map(str, _SIZES))} for its free dims")
 
     def inputs(self, batch: int | None, scale: float = 1.0) -> Arrays:
-        return _random_inputs(self._fed, batch or 2, self.free_sizes, scale)
+        return random_inputs(self._fed, batch or 2, self.free_sizes, scale)
 
     @functools.cached_property
     def feeds(self) -> Arrays:
@@ -565,270 +576,10 @@ class _Verification:
 
     @staticmethod
     def _engine(model: onnx.ModelProto, kind: str) -> Run:
-        return _reference(to_float64(model)) if kind == "float64" else _session(model)
+        return reference(to_float64(model)) if kind == "float64" else session(model)
 
     @staticmethod
     def _cast(feeds: Arrays, kind: str) -> Arrays:
         if kind == "float32":
             return feeds
         return {name: x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x for name, x in feeds.items()}
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime  # heavy, and converting does not need it
-    except ImportError:
-        raise OnnxgbpError(
-            "verify runs the model, and onnxruntime is not installed: pip install 'onnxgbp[cpu]'"
-        ) from None
-    return onnxruntime
-
-
-def _session(model: onnx.ModelProto | Path) -> Run:
-    """A model in onnxruntime, as a function from its inputs to its outputs by name."""
-    runtime = _onnxruntime()
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what it logs, it raises as well
-    data = str(model) if isinstance(model, Path) else model.SerializeToString()
-    session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    taken = {value.name for value in session.get_inputs()}
-
-    def run(feeds: Mapping[str, Array]) -> dict[str, Any]:
-        given = {name: array for name, array in feeds.items() if name in taken}
-        return dict(zip(names, session.run(names, given), strict=True))
-
-    return run
-
-
-def _reference(model: onnx.ModelProto) -> Run:
-    engine = evaluator(model)
-    taken = {value.name for value in model.graph.input}
-
-    def run(feeds: Mapping[str, Array]) -> dict[str, Any]:
-        with np.errstate(all="ignore"):
-            given = {name: array for name, array in feeds.items() if name in taken}
-            return dict(zip(engine.output_names, engine.run(None, given), strict=True))
-
-    return run
-
-
-def _random_inputs(values: Sequence[onnx.ValueInfoProto], batch: int, sizes: tuple[int, int], scale: float) -> Arrays:
-    """Seeded inputs: normal for floats, small numbers for token ids, ones for masks."""
-    batches = {value.type.tensor_type.shape.dim[0].dim_param for value in values if _is_free(value, 0)} - {""}
-    rng, feeds = np.random.default_rng(0), Arrays()
-    for value in values:
-        dims = []
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            free = batch if axis == 0 or dim.dim_param in batches else sizes[not (axis == 1 and _rank(value) == 4)]
-            dims.append(dim.dim_value if dim.dim_value > 0 else free)
-        kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        if value.type.tensor_type.elem_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.UINT8):
-            feeds[value.name] = (np.ones(dims) if "mask" in value.name else rng.integers(0, 10, dims)).astype(kind)
-        else:
-            feeds[value.name] = (rng.standard_normal(dims) * scale).astype(kind)
-    return feeds
-
-
-def _rank(value: onnx.ValueInfoProto) -> int:
-    return len(value.type.tensor_type.shape.dim)
-
-
-def _is_free(value: onnx.ValueInfoProto, axis: int) -> bool:
-    return axis < _rank(value) and value.type.tensor_type.shape.dim[axis].dim_value <= 0
-
-
-def _extract(
-    model: onnx.ModelProto, types: Mapping[str, int], outputs: Sequence[str], stop: set[str] | None = None
-) -> onnx.ModelProto:
-    """The part of a model that makes `outputs`; tensors of `stop` become inputs of it."""
-    graph, stop = model.graph, stop or set()
-    needed = _needed(graph, outputs, stop)
-    cut = onnx.ModelProto()
-    cut.ir_version = model.ir_version
-    cut.opset_import.extend(model.opset_import)
-    cut.functions.extend(model.functions)
-    cut.graph.name = graph.name or "graph"
-    cut.graph.node.extend(node for node in graph.node if needed & set(node.output) and not stop & set(node.output))
-    cut.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed - stop)
-    inputs = {value.name: value for value in graph.input}
-    cut.graph.input.extend(value for value in graph.input if value.name in needed)
-    fresh = [name for name in sorted(stop) if name not in inputs]
-    cut.graph.input.extend(onnx.helper.make_tensor_value_info(name, types[name], None) for name in fresh)
-    declared = {value.name: value for value in graph.output}
-    for name in outputs:
-        value = declared.get(name) or onnx.helper.make_tensor_value_info(name, types[name], None)
-        cut.graph.output.append(value)
-    return cut
-
-
-def _needed(graph: onnx.GraphProto, outputs: Sequence[str], stop: set[str] | None = None) -> set[str]:
-    """The names of all tensors that these outputs depend on, themselves included."""
-    makers = {output: node for node in graph.node for output in node.output if output}
-    needed, waiting = set[str](), list(outputs)
-    while waiting:
-        name = waiting.pop()
-        if not name or name in needed:
-            continue
-        needed.add(name)
-        if name in makers and name not in (stop or ()):
-            waiting.extend(_reads(makers[name]))
-    return needed
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """What a node reads, the bodies of its control flow included; names of a body's own do no harm."""
-    yield from node.input
-    for attribute in node.attribute:
-        for body in [attribute.g, *attribute.graphs]:
-            for inner in body.node:
-                yield from _reads(inner)
-            yield from (output.name for output in body.output)
-
-
-def _at_opset(source: Source, path: Path, opset: int) -> onnx.ModelProto:
-    """The source as the conversion read it, raised to the file's opset in the same steps."""
-    while (now := source.model.graph.opset_imports[""]) < opset:
-        source = raised(source, 13 if now < 13 <= opset else 18 if now < 18 <= opset else opset)
-    proto = to_proto(source.model, source)
-    onnx.external_data_helper.load_external_data_for_model(proto, str(path.resolve().parent))
-    return proto
-
-
-def _compare(source: onnx.ModelProto, out: onnx.ModelProto) -> Iterator[str | None]:
-    """Walks both graphs back from the source's outputs: None for each node or weight that is the same."""
-    makers = [{o: node for node in model.graph.node for o in node.output if o} for model in (source, out)]
-    weights = [{tensor.name: tensor for tensor in model.graph.initializer} for model in (source, out)]
-    names = [output.name for output in source.graph.output]
-    if [output.name for output in out.graph.output][: len(names)] != names:
-        yield f"the outputs do not begin with the source's {', '.join(names)}"
-        return
-    pairs, seen = [(name, name) for name in names], set[tuple[str, str]]()
-    while pairs:
-        pair = pairs.pop()
-        if pair in seen:
-            continue
-        seen.add(pair)
-        mine, other = (makers[i].get(pair[i]) for i in (0, 1))
-        if mine is None or other is None:
-            yield _compare_leaf(pair, mine, other, weights)
-            continue
-        seen.update(zip(mine.output, other.output, strict=False))
-        difference = _compare_node(mine, other)
-        yield difference
-        if difference is None:
-            pairs += zip(_reads(mine), _reads(other), strict=False)
-
-
-def _compare_leaf(
-    pair: tuple[str, str], mine: Any, other: Any, weights: Sequence[Mapping[str, onnx.TensorProto]]
-) -> str | None:
-    a, b = (weights[i].get(pair[i]) for i in (0, 1))
-    if (mine is None) != (other is None) or (a is None) != (b is None):
-        return f"tensor '{pair[0]}' is made otherwise"
-    if a is not None and b is not None:
-        return None if _tensor_key(a) == _tensor_key(b) else f"weight '{pair[0]}' differs"
-    return None if pair[0] == pair[1] else f"input '{pair[0]}' is read as '{pair[1]}'"
-
-
-def _compare_node(mine: onnx.NodeProto, other: onnx.NodeProto) -> str | None:
-    label = _label(mine)
-    if (mine.op_type, mine.domain) != (other.op_type, other.domain):
-        return f"node '{label}' was {mine.op_type}, is {other.op_type}"
-    if len(mine.input) != len(other.input) or list(map(bool, mine.input)) != list(map(bool, other.input)):
-        return f"node '{label}' has other inputs"
-    a, b = ({attribute.name: _attribute_key(attribute) for attribute in node.attribute} for node in (mine, other))
-    changed = [name for name in a.keys() | b.keys() if a.get(name) != b.get(name)]
-    return f"attribute '{min(changed)}' of node '{label}' differs" if changed else None
-
-
-def _attribute_key(attribute: onnx.AttributeProto) -> Any:
-    """The value by its meaning: a tensor may be stored in two forms."""
-    if attribute.HasField("t"):
-        return _tensor_key(attribute.t)
-    plain = onnx.AttributeProto()
-    plain.CopyFrom(attribute)
-    plain.ClearField("doc_string")
-    return plain.SerializeToString(deterministic=True)
-
-
-def _tensor_key(tensor: onnx.TensorProto) -> tuple[Any, ...]:
-    data: Any = (
-        tuple(tensor.string_data)
-        if tensor.data_type == onnx.TensorProto.STRING
-        else onnx.numpy_helper.to_array(tensor).tobytes()
-    )
-    return tensor.data_type, tuple(tensor.dims), data
-
-
-def _complaint(model: str | onnx.ModelProto) -> str | None:
-    """What onnx.checker has to say against a model."""
-    try:
-        onnx.checker.check_model(model)
-    except Exception as error:  # noqa: BLE001 - besides its own kind it raises what protobuf raises
-        return _first_line(error)
-    return None
-
-
-def _difference(found: Any, wanted: Any) -> float:
-    """The largest difference as a share of the range; infinite for another shape or type, or other labels."""
-    if isinstance(wanted, list):  # ZipMap gives a list of maps
-        if not isinstance(found, list) or len(found) != len(wanted):
-            return math.inf
-        return max((_difference(a, b) for a, b in zip(found, wanted, strict=True)), default=0.0)
-    if isinstance(wanted, dict):
-        same = isinstance(found, dict) and list(found) == list(wanted)
-        return _difference(np.array([*found.values()]), np.array([*wanted.values()])) if same else math.inf
-    found, wanted = np.asarray(found), np.asarray(wanted)
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return math.inf
-    if not np.issubdtype(wanted.dtype, np.floating):
-        return 0.0 if np.array_equal(found, wanted) else math.inf
-    a, b = found.astype(np.float64), wanted.astype(np.float64)
-    if not np.array_equal(np.isnan(a), np.isnan(b)):
-        return math.inf
-    different = (a != b) & ~np.isnan(b)
-    if not different.any():
-        return 0.0
-    finite = b[np.isfinite(b)]
-    scale = float(np.ptp(finite)) or float(np.abs(finite).max()) if finite.size else 0.0
-    with np.errstate(invalid="ignore"):
-        largest = float(np.abs(a - b)[different].max())
-    return largest / scale if scale else math.inf
-
-
-def _resolution(array: Any) -> float:
-    """What a type narrower than float32 adds to a tolerance: a few of its smallest steps."""
-    kind = getattr(array, "dtype", None)
-    if kind is None or not np.issubdtype(kind, np.floating) or kind.itemsize >= 4:
-        return 0.0
-    return 4 * float(np.finfo(kind).eps)
-
-
-def _angle(a: Array, b: Array) -> float:
-    """1 - cosine, 0 for two zero maps, 1 where one of them is zero or not finite."""
-    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    size = float(np.linalg.norm(a) * np.linalg.norm(b))
-    if not math.isfinite(size):
-        return 1.0
-    if not size:
-        return float(np.any(a) or np.any(b))
-    return max(1.0 - float(a @ b) / size, 0.0)
-
-
-def _median_error(a: Array, b: Array) -> float:
-    """The median of |a - b| / |b| over what is not nearly zero."""
-    counted = np.abs(b) > 1e-3 * np.abs(b).max(initial=0.0)
-    return float(np.median(np.abs(a - b)[counted] / np.abs(b)[counted])) if counted.any() else float(np.any(a))
-
-
-def _opset(proto: onnx.ModelProto) -> int:
-    return next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
-
-
-def _label(node: onnx.NodeProto) -> str:
-    return node.name or f"{node.op_type}({', '.join(node.output)})"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -81,7 +81,7 @@ def alexnet() -> nn.Module:
         *(nn.Conv2d(32, 48, 3, padding=1), nn.ReLU()),
         *(nn.Conv2d(48, 48, 3, padding=1, groups=2), nn.ReLU()),
         *(nn.Conv2d(48, 32, 3, padding=1, groups=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
-        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(128, 64), nn.ReLU()),
+        *(nn.Flatten(), nn.Dropout(), nn.Linear(128, 64), nn.ReLU()),
         *(nn.Dropout(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES)),
     )
 

@@ -38,10 +38,10 @@ class Cell:
     bias: ir.Value | None  # [2 gates]: of W, of R
     peepholes: ir.Value | None
     initial_h: ir.Value  # [N, hidden]
-    initial_c: ir.Value | None
+    initial_c: ir.Value  # of an LSTM
     dy: ir.Value | None  # what arrives at each step's h
     dh: ir.Value  # what arrives at the last h
-    dc: ir.Value | None
+    dc: ir.Value
 
     def before(self, states: ir.Value, initial: ir.Value) -> ir.Value:
         """The state that each step finds, of the states that they leave."""
@@ -62,8 +62,8 @@ class Cell:
         of_w, of_r = self.op.several(2, "Split", self.bias, axis=0, split=both)
         return of_w, of_r
 
-    def split(self, value: ir.Value, count: int, axis: int = -1) -> tuple[ir.Value, ...]:
-        axis = 2 if axis == -1 else axis
+    def split(self, value: ir.Value, count: int, axis: int = 2) -> tuple[ir.Value, ...]:
+        """The parts of the gates."""
         return self.op.several(count, "Split", value, axis=axis, split=[self.hidden] * count)
 
     def sweep(
@@ -189,8 +189,6 @@ def lstm(c: Cell) -> Result:
     dg[f] = dc' c f (1 - f), dg[n] = dc' i (1 - n^2); dc = dc' f. Peepholes add p[i] c, p[f] c and p[o] c' to the gates.
     """
     op = c.op
-    assert c.initial_c is not None  # an LSTM has both states
-    assert c.dc is not None
     of_w, of_r = c.biases()
     before = c.before(c.h, c.initial_h)
     gates = op.Add(c.linear(c.x, c.w, of_w), c.linear(before, c.r, of_r))

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgbp.emit import Emit
-from onnxgbp.quantisation import quantiser, scale_of
+from onnxgbp.quantisation import quantiser, quantiser_behind, readable, scale_of
 from onnxgbp.step import Step
 from onnxgbp.vjps.entry import inputs
 
@@ -43,14 +43,14 @@ def dequantize_x(op: Emit, s: Step) -> ir.Value:
 def unrounded(op: Emit, value: ir.Value) -> ir.Value:
     """A dequantised tensor as it was before the rounding, clipped to the range; any other as it is.
 
-    Rounding to 256 steps makes most of the ties in a window. The largest number before it is one of the tied maxima too,
-    and the one that the float network would have taken.
+    Rounding to 256 steps makes most of the ties in a window. The largest number before it is one of the tied maxima
+    too, and the one that the float network would have taken.
     """
-    maker = value.producer()
-    source = maker.inputs[0].producer() if maker is not None and maker.inputs and maker.inputs[0] is not None else None
-    if maker is None or source is None or (maker.op_type, source.op_type) != ("DequantizeLinear", "QuantizeLinear"):
+    maker = quantiser_behind(value)
+    found = readable(maker) if maker is not None else None
+    if maker is None or found is None:
         return value
-    found, x = quantiser(source), source.inputs[0]
+    x = maker.inputs[0]
     assert x is not None  # a QuantizeLinear has an input
     if found.holds(x):
         return op.cast_like(x, value)

@@ -1,0 +1,93 @@
+"""Running a model once on seeded inputs: in onnxruntime, or in float64 on onnx's reference evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+
+from onnxgbp.errors import OnnxgbpError
+from onnxgbp.float64 import evaluator
+
+__all__ = [
+    "Array",
+    "Arrays",
+    "Run",
+    "is_free",
+    "onnxruntime_module",
+    "random_inputs",
+    "rank_of",
+    "reference",
+    "session",
+]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+Arrays: TypeAlias = dict[str, Array]
+Run: TypeAlias = "Callable[[Mapping[str, Array]], dict[str, Any]]"
+
+
+def onnxruntime_module() -> Any:
+    try:
+        import onnxruntime  # heavy, and converting does not need it
+    except ImportError:
+        raise OnnxgbpError(
+            "verify runs the model, and onnxruntime is not installed: pip install 'onnxgbp[cpu]'"
+        ) from None
+    return onnxruntime
+
+
+def session(model: onnx.ModelProto | Path) -> Run:
+    """A model in onnxruntime, as a function from its inputs to its outputs by name."""
+    runtime = onnxruntime_module()
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # what it logs, it raises as well
+    data = str(model) if isinstance(model, Path) else model.SerializeToString()
+    session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    taken = {value.name for value in session.get_inputs()}
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Any]:
+        given = {name: array for name, array in feeds.items() if name in taken}
+        return dict(zip(names, session.run(names, given), strict=True))
+
+    return run
+
+
+def reference(model: onnx.ModelProto) -> Run:
+    engine = evaluator(model)
+    taken = {value.name for value in model.graph.input}
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Any]:
+        with np.errstate(all="ignore"):
+            given = {name: array for name, array in feeds.items() if name in taken}
+            return dict(zip(engine.output_names, engine.run(None, given), strict=True))
+
+    return run
+
+
+def random_inputs(values: Sequence[onnx.ValueInfoProto], batch: int, sizes: tuple[int, int], scale: float) -> Arrays:
+    """Seeded inputs: normal for floats, small numbers for token ids, ones for masks."""
+    batches = {value.type.tensor_type.shape.dim[0].dim_param for value in values if is_free(value, 0)} - {""}
+    rng, feeds = np.random.default_rng(0), Arrays()
+    for value in values:
+        dims = []
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            free = batch if axis == 0 or dim.dim_param in batches else sizes[not (axis == 1 and rank_of(value) == 4)]
+            dims.append(dim.dim_value if dim.dim_value > 0 else free)
+        kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        if value.type.tensor_type.elem_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.UINT8):
+            feeds[value.name] = (np.ones(dims) if "mask" in value.name else rng.integers(0, 10, dims)).astype(kind)
+        else:
+            feeds[value.name] = (rng.standard_normal(dims) * scale).astype(kind)
+    return feeds
+
+
+def rank_of(value: onnx.ValueInfoProto) -> int:
+    return len(value.type.tensor_type.shape.dim)
+
+
+def is_free(value: onnx.ValueInfoProto, axis: int) -> bool:
+    return axis < rank_of(value) and value.type.tensor_type.shape.dim[axis].dim_value <= 0
