@@ -86,14 +86,8 @@ def light(name: str, dynamic: bool = False) -> onnx.ModelProto:
         kept = [_free_batch(i, values[i.name]) for i in kept]
         for value in [i for i in inputs if i.name not in shapes] + list(graph.output):
             value.type.tensor_type.shape.dim[0].dim_param = "N"
-    fresh = [
-        numpy_helper.from_array(_weights(roles.get(p, ("", 0)), shapes[p], rng), p)
-        for p in sorted(parameters)
-    ]
-    inputs += [
-        helper.make_tensor_value_info(n.output[0], onnx.TensorProto.FLOAT, shapes[n.output[0]])
-        for n in filled
-    ]
+    fresh = [numpy_helper.from_array(_weights(roles.get(p, ("", 0)), shapes[p], rng), p) for p in sorted(parameters)]
+    inputs += [helper.make_tensor_value_info(n.output[0], onnx.TensorProto.FLOAT, shapes[n.output[0]]) for n in filled]
     nodes = [n for n in graph.node if n.op_type != "ConstantOfShape"]
     for field, items in (("initializer", kept + fresh), ("input", inputs), ("node", nodes)):
         graph.ClearField(field)

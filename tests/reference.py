@@ -144,10 +144,7 @@ def _conv_transpose(n: Node, x: Tensor, w: Tensor, b: Tensor | None = None) -> T
     if shape is None and auto.startswith("SAME"):
         shape = [i * s for i, s in zip(size, stride)]
     if shape is not None:
-        full = [
-            s * (i - 1) + m + (k - 1) * d + 1
-            for i, s, m, k, d in zip(size, stride, more, kernel, dilation)
-        ]
+        full = [s * (i - 1) + m + (k - 1) * d + 1 for i, s, m, k, d in zip(size, stride, more, kernel, dilation)]
         total = [f - o for f, o in zip(full, shape[-rank:])]
         pads = [(t // 2, t - t // 2) for t in total]
         if auto != "SAME_UPPER":
@@ -213,13 +210,7 @@ def _reduce(f: Callable[[Tensor], Tensor]) -> Forward:
             return x
         kept = [a for a in range(x.ndim) if a not in gone]
         y = f(x.permute(kept + gone).flatten(len(kept)))
-        return y.reshape(
-            [
-                1 if a in gone else x.shape[a]
-                for a in range(x.ndim)
-                if n.get("keepdims", 1) or a in kept
-            ]
-        )
+        return y.reshape([1 if a in gone else x.shape[a] for a in range(x.ndim) if n.get("keepdims", 1) or a in kept])
 
     return run
 
@@ -305,9 +296,7 @@ def _reshape(n: Node, x: Tensor, shape: Tensor) -> Tensor:
 
 def _squeeze(n: Node, x: Tensor, given: Tensor | None = None) -> Tensor:
     axes = n.get("axes") if given is None else _ints(given)
-    gone = (
-        [i for i, s in enumerate(x.shape) if s == 1] if axes is None else [a % x.ndim for a in axes]
-    )
+    gone = [i for i, s in enumerate(x.shape) if s == 1] if axes is None else [a % x.ndim for a in axes]
     return x.reshape([s for i, s in enumerate(x.shape) if i not in gone])
 
 
@@ -382,9 +371,7 @@ def _arg_max(n: Node, x: Tensor) -> Tensor:
     return index if n.get("keepdims", 1) else index.squeeze(axis)
 
 
-def _dropout(
-    n: Node, x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None
-) -> Any:
+def _dropout(n: Node, x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None) -> Any:
     if training is not None and training.item():
         raise NotImplementedError(f"Dropout {n.name} in training mode")
     return x, torch.ones_like(x, dtype=torch.bool)
@@ -491,9 +478,7 @@ OPS: dict[str, Forward] = {
     # pooling
     "MaxPool": _max_pool,
     "AveragePool": _average_pool,
-    "GlobalMaxPool": lambda n, x: _first_max(x.flatten(2)).reshape(
-        *x.shape[:2], *[1] * (x.ndim - 2)
-    ),
+    "GlobalMaxPool": lambda n, x: _first_max(x.flatten(2)).reshape(*x.shape[:2], *[1] * (x.ndim - 2)),
     "GlobalAveragePool": lambda n, x: x.mean(list(range(2, x.ndim)), keepdim=True),
     # reductions
     "ReduceSum": _reduce(lambda x: x.sum(-1)),
@@ -524,9 +509,7 @@ OPS: dict[str, Forward] = {
     "Pad": _pad_node,
     "Range": lambda n, a, b, step: torch.arange(a.item(), b.item(), step.item(), dtype=a.dtype),
     "Reshape": _reshape,
-    "Shape": lambda n, x: torch.tensor(
-        x.shape[n.get("start", 0) : n.get("end")], dtype=torch.int64
-    ),
+    "Shape": lambda n, x: torch.tensor(x.shape[n.get("start", 0) : n.get("end")], dtype=torch.int64),
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,
@@ -536,9 +519,7 @@ OPS: dict[str, Forward] = {
 }
 
 
-def _inside_clip(
-    n: Node, x: Tensor, low: Tensor | None = None, high: Tensor | None = None
-) -> Tensor:
+def _inside_clip(n: Node, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
     least, most = _bounds(n, low, high)
     return (x > least) & (x < most)
 
@@ -659,9 +640,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs() <= SPELLING_TOLERANCE * b.abs().clamp(min=1)).all())
 
 
-def _on_grid(
-    nodes: Sequence[Node], x: str, y: str, constants: Mapping[str, Tensor]
-) -> Tensor | None:
+def _on_grid(nodes: Sequence[Node], x: str, y: str, constants: Mapping[str, Tensor]) -> Tensor | None:
     """The values of y along GRID as the tensor x; the grid runs along the first axis."""
     used = {i for n in nodes for i in n.inputs if i in constants}
     if any(constants[i].numel() > LARGEST_CONSTANT for i in used):
