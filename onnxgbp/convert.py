@@ -27,7 +27,7 @@ from onnxgbp.target import Explained, explained_tensor, make_seed, parse_target,
 
 __all__ = ["GradientGraph", "Rules", "convert", "describe"]
 
-Rules = Iterable["str | tuple[str, str]"]
+Rules = str | Iterable[str | tuple[str, str]]
 
 
 def convert(
@@ -151,7 +151,9 @@ class GradientGraph:
         profile: str = "ort",
     ) -> onnx.ModelProto:
         """The finished model under one choice of rules. The arguments are those of `convert`."""
-        return to_proto(self._finished(method, list(rule), activations, profile), self.source)
+        return to_proto(
+            self._finished(method, [rule] if isinstance(rule, str) else list(rule), activations, profile), self.source
+        )
 
     def save(
         self,
@@ -167,7 +169,7 @@ class GradientGraph:
         Returns:
             One line on what the file explains.
         """
-        model = self._finished(method, list(rule), activations, profile)
+        model = self._finished(method, [rule] if isinstance(rule, str) else list(rule), activations, profile)
         initializers = model.graph.initializers
         large = [value for value in initializers.values() if is_large(value.const_value)]
         for value in large:

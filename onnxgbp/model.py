@@ -60,6 +60,8 @@ def load(source: ModelLike) -> Source:
         data, path, proto = source.SerializeToString(deterministic=True), None, onnx.ModelProto()
         proto.CopyFrom(source)
     else:
+        if not isinstance(source, (str, os.PathLike)):
+            raise OnnxgbpError(f"a model is a path or an onnx.ModelProto, not a {type(source).__name__}")
         path = Path(source)
         data = _read(path)
         proto = _parse(data, path)

@@ -168,12 +168,17 @@ def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
 def _group(root: ir.Node, order: dict[ir.Node, int]) -> tuple[Activation, set[ir.Node]] | None:
     if root.domain or root.op_type not in _ELEMENTWISE or not is_float(root.outputs[0]):
         return None
-    found = None
-    for x, group in _entries(root, order):  # the farthest counts: Min(Max(x, 0), 6) is a ReLU6, not a Clip of a ReLU
-        if (match := _match(root, x, group, order)) is not None:
-            kind, arguments = match
-            spelled = " ".join(node.op_type for node in sorted(group, key=order.__getitem__))
-            found = _activation(kind, root, x, arguments, spelled), group
+    found: tuple[Activation, set[ir.Node]] | None = None
+    for x, group in _entries(root, order):
+        match = _match(root, x, group, order)
+        if match is None or (found is not None and match[0] not in ("Clip", "Relu6")):
+            continue
+        kind, arguments = match
+        spelled = " ".join(node.op_type for node in sorted(group, key=order.__getitem__))
+        found = _activation(kind, root, x, arguments, spelled), group
+        if kind not in ("Clip", "Relu", "Relu6"):
+            break  # the nearest counts, so that no linear step before it is swallowed
+        # A bound may have its other half further back: Min(Max(x, 0), 6) is a ReLU6, not a Clip of a ReLU.
     return found
 
 
@@ -282,7 +287,9 @@ def _fixed(points: Array, y: Array) -> dict[str, Any]:
 
 def _leaky(points: Array, y: Array) -> dict[str, Any] | None:
     alpha = -_at(points, y, -1.0)
-    return {"alpha": alpha} if 0 < alpha < 1 else None  # 1 is the identity, -1 the absolute value
+    return (
+        {"alpha": alpha} if 0 < alpha < 0.999 else None
+    )  # 1 is the identity (or adds an epsilon), -1 the absolute value
 
 
 def _elu(points: Array, y: Array) -> dict[str, Any] | None:
@@ -292,7 +299,8 @@ def _elu(points: Array, y: Array) -> dict[str, Any] | None:
 
 def _clip(points: Array, y: Array) -> dict[str, Any] | None:
     low, high = _at(points, y, -60.0), _at(points, y, 60.0)
-    return {"min": low, "max": high} if low < high and (low > -60 or high < 60) else None
+    bounds = {"min": low if low > -50 else None, "max": high if high < 50 else None}  # the grid ends at 60
+    return bounds if low < high and any(bound is not None for bound in bounds.values()) else None
 
 
 def _swish(points: Array, y: Array) -> dict[str, Any] | None:

@@ -61,14 +61,14 @@ class Choice:
         return ""
 
 
-def parse_rules(method: str, rules: Iterable[str | tuple[str, str]]) -> list[tuple[str, str]]:
+def parse_rules(method: str, rules: str | Iterable[str | tuple[str, str]]) -> list[tuple[str, str]]:
     """First-match list of (pattern, rule); `method` stands last, as '*=METHOD'.
 
     Raises:
         OnnxgbpError: no PATTERN=RULE, or no such rule.
     """
     parsed = []
-    for rule in rules:
+    for rule in [rules] if isinstance(rules, str) else rules:
         pattern, separator, name = rule.rpartition("=") if isinstance(rule, str) else (rule[0], "=", rule[1])
         if not separator or not pattern:
             raise OnnxgbpError(f"'{rule}' is no rule: write PATTERN=RULE, for instance 'layer4*=guided'")

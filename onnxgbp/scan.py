@@ -118,6 +118,9 @@ def _unrolled(op: Emit, node: ir.Node, length: int) -> list[ir.Value]:
         slices = [op.Gather(sequence, op.int64(place), axis=0) for sequence in sequences]
         made = dict(zip(body.inputs, [*states, *slices], strict=True))
         for inner in body:
+            if inner.op_type == "Identity" and inner.inputs[0] is not None:
+                made[inner.outputs[0]] = made.get(inner.inputs[0], inner.inputs[0])
+                continue
             copy = ir.Node(
                 inner.domain,
                 inner.op_type,

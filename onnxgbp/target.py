@@ -49,6 +49,8 @@ def parse_target(target: str | int) -> str | int:
     if isinstance(target, str) and target in ("argmax", "input", "seed"):
         return target
     try:
+        if isinstance(target, bool):
+            raise TypeError
         return int(target) if isinstance(target, str) else operator.index(target)
     except (ValueError, TypeError):
         raise OnnxgbpError(f"target '{target}' is none of argmax, input, seed or a class index") from None
@@ -162,11 +164,11 @@ def make_seed(op: Emit, explained: Explained, target: str | int, unit: tuple[int
         raise OnnxgbpError(
             f"the rank of the explained tensor '{tensor.name}' is not known; export the model with shapes"
         )
+    if unit is not None and target != "argmax":
+        raise OnnxgbpError("unit and target exclude each other: a unit is the target of an inner tensor")
     if target == "seed":
         return _given_seed(op, tensor)
     if unit is not None:
-        if target != "argmax":
-            raise OnnxgbpError("unit and target exclude each other: a unit is the target of an inner tensor")
         return _one_unit(op, tensor, unit)
     if len(dims) < 2 or any(dim != 1 for dim in dims[2:]):
         shape = ", ".join(str(dim or "?") for dim in dims)

@@ -701,7 +701,7 @@ def _name(values: Tensor, x: str, n: Node, constants: dict[str, Tensor]) -> Node
         if _close(values, OPS[op](candidate, grid).expand_as(values)):
             return candidate
     slope = -values[int((GRID == -1).nonzero())]
-    if (slope.abs() < 1).any() and _close(values, torch.where(grid > 0, grid, slope * grid)):
+    if (slope.abs() < 1 - 1e-3).any() and _close(values, torch.where(grid > 0, grid, slope * grid)):
         constants[f"{n.outputs[0]}/slope"] = slope
         return Node("PRelu", n.name, (x, f"{n.outputs[0]}/slope"), n.outputs, {}, n.opset)
     return None

@@ -178,7 +178,8 @@ def main(force: bool) -> None:
     """Writes the model unless it is there, with the right hash."""
     built = MODEL.read_bytes() if MODEL.exists() and not force else b""
     if hashlib.sha256(built).hexdigest() == MODEL_SHA256:
-        return click.echo(f"{MODEL.name} is up to date")
+        click.echo(f"{MODEL.name} is up to date")
+        return
     weights, names = fetch()
     synonyms = json.loads(names)  # {"285": "Egyptian cat", "281": "tabby, tabby cat", ...}
     labels = [synonyms[str(index)].split(",")[0] for index in range(1000)]

@@ -196,32 +196,36 @@ def lstm(c: Cell) -> Result:
     n = op.Tanh(g_n)
     p_i, p_o, p_f = c.split(c.peepholes, 3, axis=0) if c.peepholes is not None else (None,) * 3
 
-    def gate(linear: ir.Value, weight: ir.Value | None, cell: ir.Value) -> ir.Value:
-        return op.Sigmoid(linear if weight is None else op.Add(linear, op.Mul(cell, weight)))
+    def gate(linear: ir.Value, peephole: ir.Value | None, cell: ir.Value) -> ir.Value:
+        return op.Sigmoid(linear if peephole is None else op.Add(linear, op.Mul(cell, peephole)))
 
-    def remember(cell: ir.Value, g_i: ir.Value, g_f: ir.Value, n: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
-        following = op.Add(op.Mul(gate(g_f, p_f, cell), cell), op.Mul(gate(g_i, p_i, cell), n))
+    def remember(cell: ir.Value, forget: ir.Value, new: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
+        following = op.Add(op.Mul(forget, cell), new)
         return [following], [matrix(following)]
 
-    _, (cells,) = c.sweep(remember, [c.initial_c], [g_i, g_f, n], forwards=True)
-    cell = c.before(cells, c.initial_c)
-    i, f, o, tanh = gate(g_i, p_i, cell), gate(g_f, p_f, cell), gate(g_o, p_o, cells), op.Tanh(cells)
+    def peep(cell: ir.Value, g_f: ir.Value, g_i: ir.Value, n: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
+        return remember(cell, gate(g_f, p_f, cell), op.Mul(gate(g_i, p_i, cell), n))
+
+    if c.peepholes is None:
+        sequences = [op.Sigmoid(g_f), op.Mul(op.Sigmoid(g_i), n)]
+        _, (cells,) = c.sweep(remember, [c.initial_c], sequences, forwards=True)
+    else:
+        _, (cells,) = c.sweep(peep, [c.initial_c], [g_f, g_i, n], forwards=True)
+    cell, tanh = c.before(cells, c.initial_c), op.Tanh(cells)
+    i, f, o = gate(g_i, p_i, cell), gate(g_f, p_f, cell), gate(g_o, p_o, cells)
     to_o, to_c = op.Mul(tanh, _slope(op, o)), op.Mul(o, _tanh_slope(op, tanh))
     to_i, to_f, to_n = op.Mul(n, _slope(op, i)), op.Mul(cell, _slope(op, f)), op.Mul(i, _tanh_slope(op, n))
+    local, kept = op.Concat(to_i, to_o, to_f, to_n, axis=2), f
+    if p_i is not None and p_o is not None and p_f is not None:
+        to_c = op.Add(to_c, op.Mul(to_o, p_o))
+        kept = op.Add(kept, op.Add(op.Mul(to_i, p_i), op.Mul(to_f, p_f)))
 
     def step(
-        dh: ir.Value, dc: ir.Value, local: ir.Value, to_c: ir.Value, to_o: ir.Value, f: ir.Value
+        dh: ir.Value, dc: ir.Value, local: ir.Value, to_c: ir.Value, kept: ir.Value
     ) -> tuple[list[ir.Value], ir.Value]:
         dc = op.Add(op.Mul(dh, to_c), dc)
-        if p_o is not None:
-            dc = op.Add(dc, op.Mul(op.Mul(dh, to_o), p_o))
         dgates = op.Mul(op.Concat(dc, dh, dc, dc, axis=1), local)
-        back = op.Mul(dc, f)
-        if p_i is not None:
-            di, _, df, _ = c.split(dgates, 4, axis=1)
-            back = op.Add(back, op.Add(op.Mul(di, p_i), op.Mul(df, p_f)))
-        return [op.MatMul(dgates, c.r), back], dgates
+        return [op.MatMul(dgates, c.r), op.Mul(dc, kept)], dgates
 
-    local = op.Concat(to_i, to_o, to_f, to_n, axis=2)
-    (dh, dc), dgates = c.descend(step, [c.dh, c.dc], [local, to_c, to_o, f])
+    (dh, dc), dgates = c.descend(step, [c.dh, c.dc], [local, to_c, kept])
     return dgates, dh, dc

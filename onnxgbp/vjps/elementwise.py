@@ -102,7 +102,7 @@ VJPS = {
     "Clip": inputs(passes),  # without a bound the identity; with one an activation
     "Dropout": inputs(dropout),
     "Cast": inputs(cast),
-    "CastLike": inputs(cast),
+    "CastLike": Entry(lambda op, s, index: None if index else cast(op, s), rules=(cast,)),  # the second gives its type
     "Abs": unary(lambda op, x, y: op.Sign(x)),
     "Exp": unary(lambda op, x, y: y),
     "Log": unary(lambda op, x, y: op.Reciprocal(x)),
