@@ -128,6 +128,8 @@ def loop_states(
     for output in branch.output:
         output.ClearField("type")
     number, going = (onnx.helper.make_tensor_type_proto(t, []) for t in (onnx.TensorProto.INT64, onnx.TensorProto.BOOL))
+    if len(body.input) < 2 or any(name not in types for name in node.input[2:]):
+        return {}
     initial = [types[name] for name in node.input[2:]]
     scope = {**types, **dict(zip((v.name for v in body.input), (number, going, *initial), strict=False))}
     names = [f"{place}" for place in range(len(body.output))]

@@ -73,13 +73,11 @@ def _static_shape(node: ir.Node) -> np.ndarray[Any, Any] | None:
 
 def evaluate(node: onnx.NodeProto, opset: int, arrays: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
     """The outputs of one node of the standard domain; none where the reference evaluator cannot run it."""
-    axes = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "axes"), None)
-    if (
-        node.op_type == "Unsqueeze" and axes is not None
-    ):  # as before opset 13, which the evaluator gets wrong for scalars
-        return [np.expand_dims(arrays[node.input[0]], tuple(axes))]
+    # As a graph: given a node alone, the evaluator takes the newest version of its operator whatever the opset.
+    graph = onnx.GraphProto(name="one_node", node=[node], output=[onnx.ValueInfoProto(name=n) for n in node.output])
+    graph.input.extend(onnx.ValueInfoProto(name=name) for name in arrays)
     try:
-        outputs: Any = ReferenceEvaluator(node, opsets={"": opset}).run(None, arrays)
+        outputs: Any = ReferenceEvaluator(graph, opsets={"": opset}).run(None, arrays)
         return [np.asarray(output) for output in outputs]
     except Exception:  # noqa: BLE001 - whatever stops the evaluator, the value is simply not known before the run
         return []

@@ -205,8 +205,9 @@ def _entries(root: ir.Node, order: dict[ir.Node, int]) -> Iterator[tuple[ir.Valu
                 return
         if not frontier:
             return
-        if len(frontier) == 1 and is_float(frontier[0]):
-            yield frontier[0], set(group)
+        x = frontier[0]
+        if len(frontier) == 1 and is_float(x) and x.dtype == root.outputs[0].dtype:  # a derivative combines x and y
+            yield x, set(group)
 
 
 def _index(value: ir.Value, order: dict[ir.Node, int]) -> int:

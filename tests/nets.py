@@ -502,7 +502,7 @@ def deit() -> nn.Module:
 
 
 class WindowAttention(nn.Module):
-    """Swin's: attention within windows, the second block's shifted by half of one, with a bias per relative position."""
+    """Swin: attention within windows, shifted by half of one in each second block; a bias per relative position."""
 
     def __init__(self, width: int, heads: int, size: int, window: int, shift: int) -> None:
         super().__init__()

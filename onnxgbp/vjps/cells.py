@@ -35,6 +35,7 @@ class Cell:
     h: ir.Value
     w: ir.Value  # [gates, inputs]
     r: ir.Value  # [gates, hidden]
+    inside: ir.Value | None  # bool [T, N, 1]: the steps within each sequence's own length; None where all are
     bias: ir.Value | None  # [2 gates]: of W, of R
     peepholes: ir.Value | None
     initial_h: ir.Value  # [N, hidden]
@@ -45,10 +46,12 @@ class Cell:
 
     def before(self, states: ir.Value, initial: ir.Value) -> ir.Value:
         """The state that each step finds, of the states that they leave."""
-        first = self.op.Unsqueeze(initial, axes=[0])
-        if self.backwards:
-            return self.op.Concat(self.op.Slice(states, starts=[1], ends=[1 << 30], axes=[0]), first, axis=0)
-        return self.op.Concat(first, self.op.Slice(states, starts=[0], ends=[-1], axes=[0]), axis=0)
+        op, first = self.op, self.op.Unsqueeze(initial, axes=[0])
+        if not self.backwards:
+            return op.Concat(first, op.Slice(states, starts=[0], ends=[-1], axes=[0]), axis=0)
+        if self.inside is not None:  # a shorter sequence starts at its own last step
+            states = op.Where(self.inside, states, first)
+        return op.Concat(op.Slice(states, starts=[1], ends=[1 << 30], axes=[0]), first, axis=0)
 
     def linear(self, value: ir.Value, weight: ir.Value, bias: ir.Value | None = None) -> ir.Value:
         product = self.op.MatMul(value, self.op.Transpose(weight, perm=[1, 0]))
@@ -74,9 +77,17 @@ class Cell:
         *,
         forwards: bool = False,
     ) -> tuple[list[ir.Value], list[ir.Value]]:
-        """Against the cell's time, or along with it."""
-        reverse = self.backwards == forwards
-        return scan(self.op, step, states, sequences, reverse=reverse, length=self.length)
+        """Against the cell's time, or along with it. Beyond a sequence's end a state stays, and an output is 0."""
+        op, reverse = self.op, self.backwards == forwards
+        if self.inside is None:
+            return scan(op, step, states, sequences, reverse=reverse, length=self.length)
+
+        def masked(*given: ir.Value) -> tuple[Sequence[ir.Value], Sequence[ir.Value]]:
+            following, outputs = step(*given[:-1])
+            kept = [op.Where(given[-1], new, old) for new, old in zip(following, given, strict=False)]
+            return kept, [op.typed(op.Where(given[-1], output, op.like(0, output)), output) for output in outputs]
+
+        return scan(op, masked, states, [*sequences, self.inside], reverse=reverse, length=self.length)
 
     def descend(
         self,

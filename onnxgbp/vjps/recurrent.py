@@ -54,7 +54,7 @@ def _cells(op: Emit, s: Step, layout: int) -> list[Cell]:
     if not isinstance(hidden, int):
         raise s.refuse("the shape of its weight R is not known")
     length = (dims_of(s.x) or (None,) * 3)[layout]
-    _check(s, length, len(directions))
+    _check(s, len(directions))
     names = _activations(s)
 
     def one(value: ir.Value | None, number: int, axis: int) -> ir.Value | None:
@@ -74,6 +74,7 @@ def _cells(op: Emit, s: Step, layout: int) -> list[Cell]:
 
     nothing = op.Expand(op.like(0, s.x), op.vector(op.dim(s.x, 1 - layout), hidden))
     y, x, axis = _all_steps(op, s), sequence(s.x), 2 if layout else 1
+    inside = _inside(op, s, layout, length)
     cells = []
     for number, backwards in enumerate(directions):
 
@@ -96,6 +97,7 @@ def _cells(op: Emit, s: Step, layout: int) -> list[Cell]:
                 sequence(h),
                 part(_W),
                 part(_R),
+                inside,
                 one(given(_B), number, 0),
                 one(given(_P), number, 0) if s.node.op_type == "LSTM" else None,
                 matrix(one(given(_INITIAL_H), number, layout) or nothing),
@@ -124,7 +126,18 @@ def _activations(s: Step) -> list[str]:
     return [(name.decode() if isinstance(name, bytes) else str(name)).lower() for name in names]
 
 
-def _check(s: Step, length: int | str | None, directions: int) -> None:
+def _inside(op: Emit, s: Step, layout: int, length: int | str | None) -> ir.Value | None:
+    """Which steps are within the sequences, [T, N, 1], where `sequence_lens` may cut some of them short."""
+    if not s.has(_LENGTHS):
+        return None
+    lengths = constant_value(s.input(_LENGTHS))
+    if lengths is not None and isinstance(length, int) and np.all(lengths == length):
+        return None
+    ends = op.Reshape(op.Cast(s.input(_LENGTHS), to=int(ir.DataType.INT64)), [1, -1, 1])
+    return op.Less(op.Reshape(op.positions(s.x, layout), [-1, 1, 1]), ends)
+
+
+def _check(s: Step, directions: int) -> None:
     if s.argument("clip"):
         raise s.refuse("clip is set, for which there is no rule")
     if s.node.op_type == "LSTM" and s.argument("input_forget"):
@@ -134,10 +147,6 @@ def _check(s: Step, length: int | str | None, directions: int) -> None:
     usual = set(names) <= {"tanh", "relu"} if default is None else names in ([], default * directions)
     if not usual:
         raise s.refuse(f"its activations {', '.join(names)} are not the usual ones")
-    if s.has(_LENGTHS):
-        lengths = constant_value(s.input(_LENGTHS))
-        if lengths is None or not isinstance(length, int) or not np.all(lengths == length):
-            raise s.refuse("sequence_lens may differ from the length of X; pad by hand and leave sequence_lens out")
 
 
 VJPS = {
