@@ -5,6 +5,7 @@ Exporters wrap single steps in an `If` (a squeeze, where a dim might not be 1), 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import onnx
@@ -12,7 +13,7 @@ import onnx_ir as ir
 
 from onnxgbp.constants import constant_value
 
-__all__ = ["captured", "detach", "inline_constant_ifs", "loop_states"]
+__all__ = ["captured", "detach", "inline_constant_ifs", "lift_initializers", "loop_states"]
 
 
 def inline_constant_ifs(model: ir.Model) -> bool:
@@ -32,6 +33,24 @@ def inline_constant_ifs(model: ir.Model) -> bool:
         for value in (value for node in graph for value in node.outputs):
             value.meta.pop("constant", None)  # what was unknown before may be known now
     return bool(known)
+
+
+def lift_initializers(model: ir.Model) -> None:
+    """Moves the weights of sub-graphs to the graph itself, where a gradient's copies of a body share them."""
+    graph = model.graph
+    if int(graph.meta["ir_version"]) < 4:
+        return  # there each initializer must also be a graph input, and the inputs are to stay the source's
+    scopes = [graph, *graph.subgraphs()]
+    names = Counter[str | None](value.name for scope in scopes for node in scope for value in node.outputs)
+    names.update(name for scope in scopes for name in {*scope.initializers, *(value.name for value in scope.inputs)})
+    for body in scopes[1:]:
+        for key, value in list(body.initializers.items()):
+            if value.is_graph_input() or value.is_graph_output():
+                continue
+            del body.initializers[key]
+            if names[key] > 1:
+                value.name = _free(key, names)
+            graph.register_initializer(value)
 
 
 def captured(node: ir.Node) -> list[ir.Value]:
@@ -65,8 +84,8 @@ def _taken(node: ir.Node) -> ir.Graph | None:
 
 
 def _inline(graph: ir.Graph, choice: ir.Node, branch: ir.Graph) -> None:
-    names = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
-    names |= {value.name for value in graph.inputs}
+    names = Counter[str | None](value.name for node in graph for value in node.outputs)
+    names.update([*graph.initializers, *(value.name for value in graph.inputs)])
     results, nodes, made = list(branch.outputs), list(branch), set(branch)
     branch.outputs.clear()
     branch.remove(nodes)
@@ -103,13 +122,13 @@ def _inline(graph: ir.Graph, choice: ir.Node, branch: ir.Graph) -> None:
     graph.remove(choice, safe=True)
 
 
-def _free(name: str, names: set[str | None]) -> str:
-    """The name, or one like it where two branches had the same."""
+def _free(name: str, names: Counter[str | None]) -> str:
+    """The name, or one like it where it is taken; either is then."""
     free, number = name, 0
-    while free in names:
+    while names[free]:
         number += 1
         free = f"{name}_{number}"
-    names.add(free)
+    names[free] += 1
     return free
 
 

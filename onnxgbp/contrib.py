@@ -70,10 +70,12 @@ def _activated(op: Emit, s: Step, y: ir.Value, parameters: Sequence[float]) -> i
 
 def fused_matmul(op: Emit, s: Step) -> Sequence[ir.Value]:
     """Y = alpha A' B'; `trans` swaps the last two dims, `transBatch` moves the first behind the other batch dims."""
-    operands = [_turned(op, s, index) for index in (0, 1)]
-    alpha = s.argument("alpha")
-    y = op.MatMul(*operands)
-    return [y if alpha in (None, 1.0) else op.Mul(y, float(alpha))]
+    operands, alpha = [_turned(op, s, index) for index in (0, 1)], s.argument("alpha")
+    if alpha not in (None, 1.0):
+        # Before the product: the last factor of a spelled-out GELU is fused into the layer behind it.
+        data = 1 if s.input(0).is_initializer() else 0
+        operands[data] = op.Mul(operands[data], float(alpha))
+    return [op.MatMul(*operands)]
 
 
 def _turned(op: Emit, s: Step, index: int) -> ir.Value:

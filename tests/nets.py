@@ -1,8 +1,7 @@
 """The usual architectures, written by hand in torch: their own operators, but few channels, few blocks, small inputs.
 
-`build(name)` gives a network with weights and BatchNorm statistics that depend on its name alone, in inference mode.
-In the ResNets, AlexNet and VGG each ReLU is a module of its own, as Captum needs it; the others mix modules and
-functions as their originals do.
+`build(name)` gives a network whose weights and BatchNorm statistics depend on its name alone, in inference mode. An
+activation is a module where the original has a module, and a function where it has a function.
 """
 
 from __future__ import annotations
@@ -10,16 +9,47 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Make = Callable[[], nn.Module]
 
 CLASSES = 10
 VOCABULARY = 50
 
 
 # --- blocks ---------------------------------------------------------------------------------------
+
+
+class Apply(nn.Module):
+    """A function among modules."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Parallel(nn.ModuleList):
+    """Branches on one input, side by side along the channels."""
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self], 1)
+
+
+class Plus(nn.Sequential):
+    """x + body(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
 
 
 class ConvNorm(nn.Sequential):
@@ -31,39 +61,32 @@ class ConvNorm(nn.Sequential):
         outputs: int,
         kernel: int | tuple[int, int] = 3,
         stride: int = 1,
-        pad: int | tuple[int, int] | None = None,
+        pad: int | None = None,
         groups: int = 1,
-        act: Callable[[], nn.Module] | None = nn.ReLU,
+        act: Make | None = nn.ReLU,
     ) -> None:
-        if pad is None:
-            pad = kernel // 2 if isinstance(kernel, int) else (kernel[0] // 2, kernel[1] // 2)
-        conv = nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=False)
+        high, wide = (kernel, kernel) if isinstance(kernel, int) else kernel
+        pads = (high // 2, wide // 2) if pad is None else (pad, pad)
+        conv = nn.Conv2d(inputs, outputs, (high, wide), stride, pads, groups=groups, bias=False)
         super().__init__(conv, nn.BatchNorm2d(outputs), *([act()] if act else []))
 
 
-class Parallel(nn.ModuleList):
-    """Branches on one input, side by side along the channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([branch(x) for branch in self], 1)
-
-
 class SqueezeExcite(nn.Module):
-    def __init__(self, width: int, inner: int, act: type[nn.Module], gate: type[nn.Module]) -> None:
+    def __init__(self, width: int, inner: int, act: Make, gate: Make) -> None:
         super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.down, self.up = nn.Conv2d(width, inner, 1), nn.Conv2d(inner, width, 1)
-        self.act, self.gate = act(), gate()
+        down, up = nn.Conv2d(width, inner, 1), nn.Conv2d(inner, width, 1)
+        self.weight = nn.Sequential(nn.AdaptiveAvgPool2d(1), down, act(), up, gate())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(self.up(self.act(self.down(self.pool(x)))))
+        return x * self.weight(x)
 
 
-class Head(nn.Sequential):
-    """Global average, flat, linear."""
+def head(width: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(width, CLASSES))
 
-    def __init__(self, width: int) -> None:
-        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(width, CLASSES))
+
+def mean_head(width: int, *axes: int) -> nn.Module:
+    return nn.Sequential(Apply(lambda x: x.mean(axes)), nn.Linear(width, CLASSES))
 
 
 # --- convolutional nets ---------------------------------------------------------------------------
@@ -71,18 +94,15 @@ class Head(nn.Sequential):
 
 def alexnet() -> nn.Module:
     """With the groups and the local response normalisation of the paper."""
-
-    def norm() -> nn.Module:
-        return nn.LocalResponseNorm(5, alpha=0.1)  # at the paper's 1e-4 a missing term would not show
-
+    norm = partial(nn.LocalResponseNorm, 5, alpha=0.1)  # at the paper's 1e-4 a missing term would not show
     return nn.Sequential(
         *(nn.Conv2d(3, 16, 11, 4, 2), nn.ReLU(), norm(), nn.MaxPool2d(3, 2)),
         *(nn.Conv2d(16, 32, 5, padding=2, groups=2), nn.ReLU(), norm(), nn.MaxPool2d(3, 2)),
         *(nn.Conv2d(32, 48, 3, padding=1), nn.ReLU()),
         *(nn.Conv2d(48, 48, 3, padding=1, groups=2), nn.ReLU()),
-        *(nn.Conv2d(48, 32, 3, padding=1, groups=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
-        *(nn.Flatten(), nn.Dropout(), nn.Linear(128, 64), nn.ReLU()),
-        *(nn.Dropout(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES)),
+        *(nn.Conv2d(48, 32, 3, padding=1, groups=2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Flatten()),
+        *(nn.Dropout(), nn.Linear(128, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 64), nn.ReLU()),
+        nn.Linear(64, CLASSES),
     )
 
 
@@ -99,35 +119,35 @@ def vgg16() -> nn.Module:
 
 
 class Residual(nn.Module):
-    """x + body(x), then ReLU; a 1x1 convolution on the shortcut where the shape changes."""
+    """ReLU of body(x) + x; a 1x1 convolution on the shortcut where the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, *body: nn.Module) -> None:
         super().__init__()
-        self.body = nn.Sequential(*body)
+        self.body, self.relu = nn.Sequential(*body), nn.ReLU()
         changes = stride != 1 or inputs != outputs
         self.short = ConvNorm(inputs, outputs, 1, stride, act=None) if changes else nn.Identity()
-        self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.body(x) + self.short(x))
 
 
-def basic(inputs: int, width: int, stride: int) -> Residual:
+def basic(inputs: int, width: int, stride: int) -> nn.Module:
     return Residual(inputs, width, stride, ConvNorm(inputs, width, 3, stride), ConvNorm(width, width, act=None))
 
 
 def bottleneck(
-    inputs: int, width: int, stride: int, expand: int = 4, groups: int = 1, excite: bool = False
-) -> Residual:
-    outputs = width * expand
-    body: list[nn.Module] = [ConvNorm(inputs, width, 1), ConvNorm(width, width, 3, stride, groups=groups)]
+    inputs: int, width: int, stride: int, expand: int = 4, group: int | None = None, excite: bool = False
+) -> nn.Module:
+    """group: how many channels each group has."""
+    body: list[nn.Module] = [ConvNorm(inputs, width, 1)]
+    body.append(ConvNorm(width, width, 3, stride, groups=width // group if group else 1))
     if excite:
         body.append(SqueezeExcite(width, max(inputs // 4, 2), nn.ReLU, nn.Sigmoid))
-    return Residual(inputs, outputs, stride, *body, ConvNorm(width, outputs, 1, act=None))
+    return Residual(inputs, width * expand, stride, *body, ConvNorm(width, width * expand, 1, act=None))
 
 
 def residual_net(
-    block: Callable[..., Residual], depths: Sequence[int], widths: Sequence[int], expand: int = 1
+    block: Callable[..., nn.Module], depths: Sequence[int], widths: Sequence[int], expand: int = 1
 ) -> nn.Module:
     layers: list[nn.Module] = [ConvNorm(3, widths[0], 7, 2), nn.MaxPool2d(3, 2, 1)]
     inputs = widths[0]
@@ -135,42 +155,27 @@ def residual_net(
         for index in range(depth):
             layers.append(block(inputs, width, 2 if stage and not index else 1))
             inputs = width * expand
-    return nn.Sequential(*layers, Head(inputs))
+    return nn.Sequential(*layers, head(inputs))
 
 
-def resnet18() -> nn.Module:
-    return residual_net(basic, (2, 2, 2, 2), (8, 16, 24, 32))
+resnet18 = partial(residual_net, basic, (2, 2, 2, 2), (8, 16, 24, 32))
+resnet50 = partial(residual_net, bottleneck, (2, 2, 2, 1), (4, 8, 12, 16), expand=4)
+resnext = partial(residual_net, partial(bottleneck, expand=2, group=4), (1, 2, 1), (8, 16, 24), expand=2)
+regnet_y = partial(residual_net, partial(bottleneck, expand=1, group=8, excite=True), (1, 2, 2), (8, 16, 32))
 
 
-def resnet50() -> nn.Module:
-    return residual_net(bottleneck, (2, 2, 2, 1), (4, 8, 12, 16), expand=4)
+class DenseLayer(nn.Sequential):
+    """x, and beside it what a bottleneck makes of it."""
 
-
-def resnext() -> nn.Module:
-    def block(inputs: int, width: int, stride: int) -> Residual:
-        return bottleneck(inputs, width, stride, expand=2, groups=4)
-
-    return residual_net(block, (1, 2, 1), (8, 16, 24), expand=2)
-
-
-def regnet() -> nn.Module:
-    """RegNetY: groups of a fixed width, squeeze-and-excitation."""
-
-    def block(inputs: int, width: int, stride: int) -> Residual:
-        return bottleneck(inputs, width, stride, expand=1, groups=width // 8, excite=True)
-
-    return residual_net(block, (1, 2, 2), (8, 16, 32))
-
-
-class DenseLayer(nn.Module):
     def __init__(self, inputs: int, growth: int = 8) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, 4 * growth, 1, bias=False)
-        self.norm2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+        inner, relu = 4 * growth, partial(F.relu, inplace=True)
+        super().__init__(
+            *(nn.BatchNorm2d(inputs), Apply(relu), nn.Conv2d(inputs, inner, 1, bias=False)),
+            *(nn.BatchNorm2d(inner), Apply(relu), nn.Conv2d(inner, growth, 3, padding=1, bias=False)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.relu(self.norm1(x)))
-        return torch.cat([x, self.conv2(F.relu(self.norm2(y)))], 1)
+        return torch.cat([x, super().forward(x)], 1)
 
 
 def densenet() -> nn.Module:
@@ -183,181 +188,116 @@ def densenet() -> nn.Module:
         if not last:
             layers += [nn.Conv2d(width, width // 2, 1, bias=False), nn.AvgPool2d(2, 2)]
             width //= 2
-    return nn.Sequential(*layers, Head(width))
+    return nn.Sequential(*layers, head(width))
 
 
-class FunctionalConv(nn.Module):
-    """A convolution whose ReLU is a function, so that no module tells of it."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int] = 1, **options: int) -> None:
-        super().__init__()
-        self.conv = ConvNorm(inputs, outputs, kernel, act=None, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.conv(x), inplace=True)
+functional = partial(ConvNorm, act=lambda: Apply(partial(F.relu, inplace=True)))  # no nn.ReLU tells of it
 
 
 def googlenet() -> nn.Module:
-    conv = FunctionalConv
+    conv, line, pool = functional, nn.Sequential, partial(nn.MaxPool2d, ceil_mode=True)
 
     def inception(inputs: int, a: int, b: int, c: int, d: int) -> nn.Module:
-        return Parallel(
-            [
-                conv(inputs, a),
-                nn.Sequential(conv(inputs, b), conv(b, b, 3)),
-                nn.Sequential(conv(inputs, c), conv(c, c, 3)),
-                nn.Sequential(nn.MaxPool2d(3, 1, 1, ceil_mode=True), conv(inputs, d)),
-            ]
-        )
+        sides = [line(conv(inputs, width, 1), conv(width, width, 3)) for width in (b, c)]
+        return Parallel(conv(inputs, a, 1), *sides, line(pool(3, 1, 1), conv(inputs, d, 1)))
 
-    def pool() -> nn.Module:
-        return nn.MaxPool2d(3, 2, ceil_mode=True)
-
-    return nn.Sequential(
-        *(conv(3, 12, 7, stride=2), pool(), conv(12, 12), conv(12, 16, 3), pool()),
-        *(inception(16, 8, 12, 4, 4), inception(28, 8, 16, 8, 8), pool()),
-        *(inception(40, 16, 16, 8, 8), inception(48, 16, 24, 8, 8), nn.MaxPool2d(2, 2, ceil_mode=True)),
-        Head(56),
+    return line(
+        *(conv(3, 12, 7, 2), pool(3, 2), conv(12, 12, 1), conv(12, 16, 3), pool(3, 2)),
+        *(inception(16, 8, 12, 4, 4), inception(28, 8, 16, 8, 8), pool(3, 2)),
+        *(inception(40, 16, 16, 8, 8), inception(48, 16, 24, 8, 8), pool(2, 2), head(56)),
     )
 
 
 def inception_v3() -> nn.Module:
     """One of each of its five blocks."""
-    conv = FunctionalConv
+    conv, line, tall, wide = functional, nn.Sequential, (7, 1), (1, 7)
+    half = partial(functional, kernel=3, stride=2, pad=0)
 
-    def line(*parts: nn.Module) -> nn.Module:
-        return nn.Sequential(*parts)
+    def pool() -> nn.Module:
+        return nn.AvgPool2d(3, 1, 1)
 
-    def split(inputs: int, outputs: int) -> nn.Module:
-        return Parallel([conv(inputs, outputs, (1, 3)), conv(inputs, outputs, (3, 1))])
+    def split() -> nn.Module:
+        return Parallel(conv(16, 16, (1, 3)), conv(16, 16, (3, 1)))
 
-    return nn.Sequential(
-        *(conv(3, 8, 3, stride=2, pad=0), conv(8, 8, 3, pad=0), conv(8, 12, 3), nn.MaxPool2d(3, 2)),
+    seven = (conv(8, 8, tall), conv(8, 8, wide), conv(8, 8, tall), conv(8, 12, wide))
+    return line(
+        *(half(3, 8), conv(8, 8, 3, pad=0), conv(8, 12, 3), nn.MaxPool2d(3, 2)),
         *(conv(12, 12, 1), conv(12, 16, 3, pad=0), nn.MaxPool2d(3, 2)),
         Parallel(
-            [
-                conv(16, 8),
-                line(conv(16, 6), conv(6, 8, 5)),
-                line(conv(16, 8), conv(8, 12, 3), conv(12, 12, 3)),
-                line(nn.AvgPool2d(3, 1, 1), conv(16, 4)),
-            ]
+            *(conv(16, 8, 1), line(conv(16, 6, 1), conv(6, 8, 5))),
+            *(line(conv(16, 8, 1), conv(8, 12, 3), conv(12, 12, 3)), line(pool(), conv(16, 4, 1))),
+        ),
+        Parallel(half(32, 16), line(conv(32, 8, 1), conv(8, 12, 3), half(12, 12)), nn.MaxPool2d(3, 2)),
+        Parallel(
+            *(conv(60, 12, 1), line(conv(60, 8, 1), conv(8, 8, wide), conv(8, 12, tall))),
+            *(line(conv(60, 8, 1), *seven), line(pool(), conv(60, 12, 1))),
         ),
         Parallel(
-            [
-                conv(32, 16, 3, stride=2, pad=0),
-                line(conv(32, 8), conv(8, 12, 3), conv(12, 12, 3, stride=2, pad=0)),
-                nn.MaxPool2d(3, 2),
-            ]
+            *(line(conv(48, 12, 1), half(12, 16)), nn.MaxPool2d(3, 2)),
+            line(conv(48, 12, 1), conv(12, 12, wide), conv(12, 12, tall), half(12, 12)),
         ),
         Parallel(
-            [
-                conv(60, 12),
-                line(conv(60, 8), conv(8, 8, (1, 7)), conv(8, 12, (7, 1))),
-                line(conv(60, 8), conv(8, 8, (7, 1)), conv(8, 8, (1, 7)), conv(8, 8, (7, 1)), conv(8, 12, (1, 7))),
-                line(nn.AvgPool2d(3, 1, 1), conv(60, 12)),
-            ]
+            *(conv(76, 16, 1), line(conv(76, 16, 1), split())),
+            *(line(conv(76, 16, 1), conv(16, 16, 3), split()), line(pool(), conv(76, 8, 1))),
         ),
-        Parallel(
-            [
-                line(conv(48, 12), conv(12, 16, 3, stride=2, pad=0)),
-                line(conv(48, 12), conv(12, 12, (1, 7)), conv(12, 12, (7, 1)), conv(12, 12, 3, stride=2, pad=0)),
-                nn.MaxPool2d(3, 2),
-            ]
-        ),
-        Parallel(
-            [
-                conv(76, 16),
-                line(conv(76, 16), split(16, 16)),
-                line(conv(76, 16), conv(16, 16, 3), split(16, 16)),
-                line(nn.AvgPool2d(3, 1, 1), conv(76, 8)),
-            ]
-        ),
-        Head(88),
+        head(88),
     )
 
 
 def squeezenet() -> nn.Module:
+    relu, pool = partial(nn.ReLU, inplace=True), partial(nn.MaxPool2d, 3, 2, ceil_mode=True)
+
     def fire(inputs: int, squeeze: int, expand: int) -> nn.Module:
         sides = [nn.Conv2d(squeeze, expand, 1), nn.Conv2d(squeeze, expand, 3, padding=1)]
-        return nn.Sequential(
-            *(nn.Conv2d(inputs, squeeze, 1), nn.ReLU(inplace=True)),
-            Parallel([nn.Sequential(side, nn.ReLU(inplace=True)) for side in sides]),
-        )
-
-    def pool() -> nn.Module:
-        return nn.MaxPool2d(3, 2, ceil_mode=True)
+        both = Parallel(*[nn.Sequential(side, relu()) for side in sides])
+        return nn.Sequential(nn.Conv2d(inputs, squeeze, 1), relu(), both)
 
     return nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, 2), nn.ReLU(inplace=True), pool(), fire(16, 4, 12), fire(24, 4, 12), pool()),
+        *(nn.Conv2d(3, 16, 3, 2), relu(), pool(), fire(16, 4, 12), fire(24, 4, 12), pool()),
         *(fire(24, 8, 16), fire(32, 8, 16), pool(), fire(32, 8, 24), nn.Dropout()),
-        *(nn.Conv2d(48, CLASSES, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        *(nn.Conv2d(48, CLASSES, 1), relu(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     )
 
 
-class Inverted(nn.Module):
+def inverted(
+    inputs: int, outputs: int, expand: int, kernel: int, stride: int, act: Make, excite: Make | None, gate: Make
+) -> nn.Module:
     """Wide, depthwise, squeeze-and-excitation, narrow: the block of MobileNetV2, V3 and EfficientNet."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        expand: int,
-        kernel: int,
-        stride: int,
-        act: Callable[[], nn.Module],
-        excite: tuple[type[nn.Module], type[nn.Module]] | None = None,
-    ) -> None:
-        super().__init__()
-        width = inputs * expand
-        parts: list[nn.Module] = [ConvNorm(inputs, width, 1, act=act)] if expand > 1 else []
-        parts.append(ConvNorm(width, width, kernel, stride, groups=width, act=act))
-        if excite:
-            parts.append(SqueezeExcite(width, max(inputs // 4, 2), *excite))
-        self.body = nn.Sequential(*parts, ConvNorm(width, outputs, 1, act=None))
-        self.adds = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x) if self.adds else self.body(x)
+    width = inputs * expand
+    parts: list[nn.Module] = [ConvNorm(inputs, width, 1, act=act)] if expand > 1 else []
+    parts.append(ConvNorm(width, width, kernel, stride, groups=width, act=act))
+    if excite:
+        parts.append(SqueezeExcite(width, max(inputs // 4, 2), excite, gate))
+    parts.append(ConvNorm(width, outputs, 1, act=None))
+    return Plus(*parts) if stride == 1 and inputs == outputs else nn.Sequential(*parts)
 
 
 def mobilenet_v2() -> nn.Module:
     act = nn.ReLU6
+    block = partial(inverted, act=act, excite=None, gate=nn.Sigmoid)
     return nn.Sequential(
-        ConvNorm(3, 8, 3, 2, act=act),
-        Inverted(8, 8, 1, 3, 1, act),
-        Inverted(8, 12, 6, 3, 2, act),
-        Inverted(12, 12, 6, 3, 1, act),
-        Inverted(12, 16, 6, 3, 2, act),
-        Inverted(16, 16, 6, 3, 1, act),
-        ConvNorm(16, 64, 1, act=act),
-        Head(64),
+        *(ConvNorm(3, 8, 3, 2, act=act), block(8, 8, 1, 3, 1), block(8, 12, 6, 3, 2), block(12, 12, 6, 3, 1)),
+        *(block(12, 16, 6, 3, 2), block(16, 16, 6, 3, 1), ConvNorm(16, 64, 1, act=act), head(64)),
     )
 
 
 def mobilenet_v3() -> nn.Module:
-    relu, swish, excite = nn.ReLU, nn.Hardswish, (nn.ReLU, nn.Hardsigmoid)
+    relu, swish = nn.ReLU, nn.Hardswish
+    block = partial(inverted, gate=nn.Hardsigmoid)
     return nn.Sequential(
-        ConvNorm(3, 8, 3, 2, act=swish),
-        Inverted(8, 8, 1, 3, 2, relu, excite),
-        Inverted(8, 12, 4, 3, 2, relu),
-        Inverted(12, 12, 4, 3, 1, relu),
-        Inverted(12, 16, 4, 5, 2, swish, excite),
-        Inverted(16, 16, 4, 5, 1, swish, excite),
-        ConvNorm(16, 48, 1, act=swish),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 64), nn.Hardswish(), nn.Linear(64, CLASSES)),
+        *(ConvNorm(3, 8, 3, 2, act=swish), block(8, 8, 1, 3, 2, relu, relu), block(8, 12, 4, 3, 2, relu, None)),
+        *(block(12, 12, 4, 3, 1, relu, None), block(12, 16, 4, 5, 2, swish, relu), block(16, 16, 4, 5, 1, swish, relu)),
+        *(ConvNorm(16, 48, 1, act=swish), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        *(nn.Linear(48, 64), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(64, CLASSES)),
     )
 
 
 def efficientnet_b0() -> nn.Module:
-    act, excite = nn.SiLU, (nn.SiLU, nn.Sigmoid)
+    act = nn.SiLU
+    block = partial(inverted, act=act, excite=act, gate=nn.Sigmoid)
     return nn.Sequential(
-        ConvNorm(3, 8, 3, 2, act=act),
-        Inverted(8, 8, 1, 3, 1, act, excite),
-        Inverted(8, 12, 6, 3, 2, act, excite),
-        Inverted(12, 12, 6, 5, 1, act, excite),
-        Inverted(12, 16, 6, 5, 2, act, excite),
-        ConvNorm(16, 64, 1, act=act),
-        Head(64),
+        *(ConvNorm(3, 8, 3, 2, act=act), block(8, 8, 1, 3, 1), block(8, 12, 6, 3, 2), block(12, 12, 6, 5, 1)),
+        *(block(12, 16, 6, 5, 2), ConvNorm(16, 64, 1, act=act), head(64)),
     )
 
 
@@ -368,9 +308,8 @@ class Shuffle(nn.Module):
         super().__init__()
         half, self.splits = outputs // 2, stride == 1
         inputs = inputs // 2 if self.splits else inputs
-        self.right = nn.Sequential(
-            ConvNorm(inputs, half, 1), ConvNorm(half, half, 3, stride, groups=half, act=None), ConvNorm(half, half, 1)
-        )
+        depthwise = ConvNorm(half, half, 3, stride, groups=half, act=None)
+        self.right = nn.Sequential(ConvNorm(inputs, half, 1), depthwise, ConvNorm(half, half, 1))
         down = [ConvNorm(inputs, inputs, 3, stride, groups=inputs, act=None), ConvNorm(inputs, half, 1)]
         self.left = nn.Identity() if self.splits else nn.Sequential(*down)
 
@@ -381,59 +320,69 @@ class Shuffle(nn.Module):
         return y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
 
 
-class MeanHead(nn.Module):
-    """ShuffleNetV2's own head: a mean over the plane, not a pool."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc = nn.Linear(width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.mean([2, 3]))
-
-
 def shufflenet_v2() -> nn.Module:
+    units = (Shuffle(8, 16, 2), Shuffle(16, 16, 1), Shuffle(16, 16, 1), Shuffle(16, 32, 2), Shuffle(32, 32, 1))
     return nn.Sequential(
-        *(ConvNorm(3, 8, 3, 2), nn.MaxPool2d(3, 2, 1)),
-        *(Shuffle(8, 16, 2), Shuffle(16, 16, 1), Shuffle(16, 16, 1), Shuffle(16, 32, 2), Shuffle(32, 32, 1)),
-        *(ConvNorm(32, 48, 1), MeanHead(48)),
+        *(ConvNorm(3, 8, 3, 2), nn.MaxPool2d(3, 2, 1), *units, ConvNorm(32, 48, 1), mean_head(48, 2, 3))
     )
 
 
-class LayerNorm2d(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+class Scale(nn.Module):
+    """One learnt factor for each channel."""
 
-
-class ConvNeXtBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        self.norm, self.mlp = nn.LayerNorm(width, 1e-6), mlp(width, 4 * width)
-        self.scale = nn.Parameter(torch.rand(width, 1, 1))
+        self.gamma = nn.Parameter(torch.rand(width, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.mlp(self.norm(self.depthwise(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        return x + self.scale * y
+        return self.gamma * x
 
 
 def convnext() -> nn.Module:
+    def last(*layers: nn.Module) -> tuple[nn.Module, ...]:
+        return Apply(lambda x: x.permute(0, 2, 3, 1)), *layers, Apply(lambda x: x.permute(0, 3, 1, 2))
+
+    def norm(width: int) -> nn.Module:
+        return nn.LayerNorm(width, 1e-6)
+
+    def block(width: int) -> nn.Module:
+        conv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        return Plus(conv, *last(norm(width), mlp(width, 4 * width)), Scale(width))
+
     return nn.Sequential(
-        *(nn.Conv2d(3, 8, 4, 4), LayerNorm2d(8, 1e-6), ConvNeXtBlock(8)),
-        *(LayerNorm2d(8, 1e-6), nn.Conv2d(8, 16, 2, 2), ConvNeXtBlock(16), ConvNeXtBlock(16)),
-        *(nn.AdaptiveAvgPool2d(1), LayerNorm2d(16, 1e-6), nn.Flatten(), nn.Linear(16, CLASSES)),
+        *(nn.Conv2d(3, 8, 4, 4), *last(norm(8)), block(8)),
+        *(*last(norm(8)), nn.Conv2d(8, 16, 2, 2), block(16), block(16)),
+        *(nn.AdaptiveAvgPool2d(1), *last(norm(16)), nn.Flatten(), nn.Linear(16, CLASSES)),
     )
 
 
 # --- transformers and mixers ----------------------------------------------------------------------
 
 
-def mlp(width: int, hidden: int, act: nn.Module | None = None) -> nn.Module:
-    return nn.Sequential(nn.Linear(width, hidden), act or nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, width))
+def mlp(width: int, hidden: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, width))
+
+
+def patches(width: int) -> nn.Module:
+    """[N, 3, 32, 32] to [N, 16, width]."""
+    return nn.Sequential(nn.Conv2d(3, width, 8, 8), Apply(lambda x: x.flatten(2).transpose(1, 2)))
+
+
+def block(width: int, attention: nn.Module) -> nn.Module:
+    """Norm first, attention, norm, MLP."""
+    norm1, norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
+    return nn.Sequential(Plus(norm1, attention), Plus(norm2, mlp(width, 2 * width)))
+
+
+class ModuleAttention(nn.MultiheadAttention):
+    """torch's own module, as in torchvision's ViT."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
 
 
 class FusedAttention(nn.Module):
-    """One matrix for queries, keys and values; torch's own scaled dot product."""
+    """One matrix for queries, keys and values; torch's own scaled dot product, as in timm's."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -446,59 +395,21 @@ class FusedAttention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(n, t, c))
 
 
-class ModuleAttention(nn.MultiheadAttention):
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x, x, x, need_weights=False)[0]
-
-
-class Block(nn.Module):
-    """Norm first, attention, norm, MLP."""
-
-    def __init__(self, width: int, attention: nn.Module) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
-        self.attention, self.mlp = attention, mlp(width, 2 * width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class Patches(nn.Module):
-    """[N, 3, H, W] to [N, patches, width]."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, width, 8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).flatten(2).transpose(1, 2)
-
-
 class Transformer(nn.Module):
     """ViT with one extra token; DeiT with two, each with a head of its own, averaged."""
 
     def __init__(self, attention: Callable[[int, int], nn.Module], extra: int, width: int = 24) -> None:
         super().__init__()
-        self.patches, self.norm = Patches(width), nn.LayerNorm(width, 1e-6)
+        self.patches, self.norm = patches(width), nn.LayerNorm(width, 1e-6)
         self.tokens = nn.Parameter(torch.randn(1, extra, width))
         self.positions = nn.Parameter(torch.randn(1, 16 + extra, width))
-        self.blocks = nn.Sequential(*[Block(width, attention(width, 3)) for _ in range(2)])
+        self.blocks = nn.Sequential(*[block(width, attention(width, 3)) for _ in range(2)])
         self.heads = nn.ModuleList([nn.Linear(width, CLASSES) for _ in range(extra)])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.patches(x)
-        y = torch.cat([self.tokens.expand(x.shape[0], -1, -1), y], 1) + self.positions
+        y = torch.cat([self.tokens.expand(x.shape[0], -1, -1), self.patches(x)], 1) + self.positions
         y = self.norm(self.blocks(y))
         return torch.stack([head(y[:, i]) for i, head in enumerate(self.heads)]).mean(0)
-
-
-def vit() -> nn.Module:
-    return Transformer(lambda width, heads: ModuleAttention(width, heads, batch_first=True), 1)
-
-
-def deit() -> nn.Module:
-    return Transformer(FusedAttention, 2)
 
 
 class WindowAttention(nn.Module):
@@ -509,12 +420,11 @@ class WindowAttention(nn.Module):
         self.heads, self.window, self.shift = heads, window, shift
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads))
-        at = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
-        apart = at[:, :, None] - at[:, None, :] + window - 1
-        self.register_buffer("index", (apart[0] * (2 * window - 1) + apart[1]).flatten())
-        region = torch.bucketize(torch.arange(size), torch.tensor([size - window, size - shift]), right=True)
-        if not shift:
-            region = torch.zeros_like(region)
+        at = torch.cartesian_prod(torch.arange(window), torch.arange(window))
+        apart = at[:, None] - at + window - 1
+        self.register_buffer("index", (apart[..., 0] * (2 * window - 1) + apart[..., 1]).flatten())
+        # What the shift brings into one window from opposite edges must not meet.
+        region = (torch.arange(size) >= size - window).long() + (torch.arange(size) >= size - shift)
         area = self.split((region[:, None] * 3 + region)[None, :, :, None]).squeeze(-1)
         self.register_buffer("mask", (area[:, None, :] != area[:, :, None]).float() * -100.0)
 
@@ -537,55 +447,26 @@ class WindowAttention(nn.Module):
         return torch.roll(y, (self.shift, self.shift), (1, 2)) if self.shift else y
 
 
-class Merge(nn.Module):
-    """Four neighbours into one of twice the width."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.reduction = nn.LayerNorm(4 * width), nn.Linear(4 * width, 2 * width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        corners = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
-        return self.reduction(self.norm(torch.cat(corners, -1)))
-
-
-class Swin(nn.Module):
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.patches, self.norm0 = nn.Conv2d(3, width, 4, 4), nn.LayerNorm(width)
-        self.stages = nn.Sequential(
-            *(Block(width, WindowAttention(width, 2, 8, 4, shift)) for shift in (0, 2)),
-            Merge(width),
-            Block(2 * width, WindowAttention(2 * width, 4, 4, 4, 0)),
-        )
-        self.norm, self.head = nn.LayerNorm(2 * width), nn.Linear(2 * width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.stages(self.norm0(self.patches(x).permute(0, 2, 3, 1)))
-        return self.head(self.norm(y).mean((1, 2)))
+def swin(width: int = 16) -> nn.Module:
+    merge = Apply(lambda x: torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1))
+    return nn.Sequential(
+        *(nn.Conv2d(3, width, 4, 4), Apply(lambda x: x.permute(0, 2, 3, 1)), nn.LayerNorm(width)),
+        *(block(width, WindowAttention(width, 2, 8, 4, shift)) for shift in (0, 2)),
+        *(merge, nn.LayerNorm(4 * width), nn.Linear(4 * width, 2 * width, bias=False)),
+        block(2 * width, WindowAttention(2 * width, 4, 4, 4, 0)),
+        *(nn.LayerNorm(2 * width), mean_head(2 * width, 1, 2)),
+    )
 
 
-class MixerBlock(nn.Module):
-    def __init__(self, tokens: int, width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.across, self.along = mlp(tokens, 2 * tokens), mlp(width, 4 * width)
+def mixer(width: int = 16) -> nn.Module:
+    def turn() -> nn.Module:
+        return Apply(lambda x: x.transpose(1, 2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.across(self.norm1(x).transpose(1, 2)).transpose(1, 2)
-        return x + self.along(self.norm2(x))
-
-
-class Mixer(nn.Sequential):
-    def __init__(self, width: int = 16) -> None:
-        blocks = [MixerBlock(16, width) for _ in range(2)]
-        super().__init__(Patches(width), *blocks, nn.LayerNorm(width))
-        self.head = nn.Linear(width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in list(self)[:-1]:
-            x = layer(x)
-        return self.head(x.mean(1))
+    blocks: list[nn.Module] = []
+    for _ in range(2):
+        blocks.append(Plus(nn.LayerNorm(width), turn(), mlp(16, 32), turn()))
+        blocks.append(Plus(nn.LayerNorm(width), mlp(width, 4 * width)))
+    return nn.Sequential(patches(width), *blocks, nn.LayerNorm(width), mean_head(width, 1))
 
 
 class BertLayer(nn.Module):
@@ -638,7 +519,7 @@ def cnn_1d() -> nn.Module:
 
 
 class Recurrent(nn.Module):
-    """[N, T, 6]; the last step of one direction, the mean of all."""
+    """The last step and the mean of all steps of what the cell gives."""
 
     def __init__(self, cell: type[nn.LSTM] | type[nn.GRU], layers: int, bidirectional: bool) -> None:
         super().__init__()
@@ -655,9 +536,9 @@ class Recurrent(nn.Module):
 
 @dataclass(frozen=True)
 class Net:
-    """make: the network; shape: of one sample, or None for token ids; smooth: no kink decides a sign anywhere."""
+    """make: the network; shape: of one sample, or None for token ids; smooth: it has no kinks."""
 
-    make: Callable[[], nn.Module]
+    make: Make
     shape: tuple[int, ...] | None = (3, 32, 32)
     smooth: bool = False
 
@@ -685,12 +566,12 @@ NETS: dict[str, Net] = {
     "MobileNetV3": Net(mobilenet_v3),
     "EfficientNet-B0": Net(efficientnet_b0, smooth=True),
     "ShuffleNetV2": Net(shufflenet_v2, (3, 64, 64)),
-    "RegNet": Net(regnet, (3, 64, 64)),
+    "RegNet": Net(regnet_y, (3, 64, 64)),
     "ConvNeXt": Net(convnext, smooth=True),
-    "ViT": Net(vit, smooth=True),
-    "DeiT": Net(deit, smooth=True),
-    "Swin": Net(Swin, smooth=True),
-    "MLP-Mixer": Net(Mixer, smooth=True),
+    "ViT": Net(lambda: Transformer(partial(ModuleAttention, batch_first=True), 1), smooth=True),
+    "DeiT": Net(lambda: Transformer(FusedAttention, 2), smooth=True),
+    "Swin": Net(swin, smooth=True),
+    "MLP-Mixer": Net(mixer, smooth=True),
     "CNN-1D": Net(cnn_1d, (4, 50)),
     "LSTM": Net(lambda: Recurrent(nn.LSTM, 2, True), (9, 6), smooth=True),
     "GRU": Net(lambda: Recurrent(nn.GRU, 1, False), (9, 6), smooth=True),

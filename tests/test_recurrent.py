@@ -277,21 +277,22 @@ def _export(net: Any, x: Any, free: dict[int, str], opset: int) -> ModelProto:
     return onnx.load_from_string(file.getvalue())
 
 
-@pytest.mark.parametrize("opset", [11, 17])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"bidirectional": True},
-        {"num_layers": 2, "batch_first": True, "bidirectional": True},
-        {"bias": False, "num_layers": 2},
-    ],
-    ids=["plain", "bidirectional", "two layers, bidirectional, batch first", "two layers, no bias"],
-)
-@pytest.mark.parametrize(
-    ("kind", "reads"), [*((kind, reads) for kind in GATES for reads in ("all", "last")), ("LSTM", "cell")]
-)
-def test_torch_exports(kind: str, options: dict[str, Any], reads: str, opset: int) -> None:
+PLAIN: dict[str, Any] = {}
+TWICE: dict[str, Any] = {"num_layers": 2, "batch_first": True, "bidirectional": True}
+EXPORTS = [
+    *((kind, reads, options, 17) for kind in GATES for reads in ("all", "last") for options in (PLAIN, TWICE)),
+    *(
+        (kind, "all", options, 17)
+        for kind in GATES
+        for options in ({"bias": False, "num_layers": 2}, {"bidirectional": True})
+    ),
+    *((kind, "all", TWICE, 11) for kind in GATES),
+    ("LSTM", "cell", TWICE, 17),
+]
+
+
+@pytest.mark.parametrize(("kind", "reads", "options", "opset"), EXPORTS)
+def test_torch_exports(kind: str, reads: str, options: dict[str, Any], opset: int) -> None:
     torch = pytest.importorskip("torch")
     first = bool(options.get("batch_first"))
     net = _classifier(kind, reads, **options)
@@ -309,3 +310,40 @@ def test_torch_exports(kind: str, options: dict[str, Any], reads: str, opset: in
         assert forward_error(before, results) < 1e-6  # ONNX Runtime moves a Transpose where Y is read twice
         assert cosine(results["attribution"], wanted) > 0.999999
         assert np.abs(results["attribution"] - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_torch_exports_packed_sequences(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+
+    class Packed(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = getattr(torch.nn, kind)(INPUTS, HIDDEN, bidirectional=True)
+            self.head = torch.nn.Linear(2 * HIDDEN, 4)
+
+        def forward(self, x: Any, lengths: Any) -> Any:
+            packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths)
+            y, _ = torch.nn.utils.rnn.pad_packed_sequence(self.cell(packed)[0])
+            return self.head(y.sum(dim=0))
+
+    torch.manual_seed(0)
+    net, file = Packed().eval(), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in _export
+        torch.onnx.export(
+            net,
+            (torch.randn(5, 2, INPUTS), torch.tensor([5, 4])),
+            file,
+            dynamo=False,
+            input_names=["x", "lengths"],
+            dynamic_axes={"x": {0: "T", 1: "N"}, "lengths": {0: "N"}},
+            opset_version=17,
+        )
+    lengths = torch.tensor([7, 4, 1])
+    x = torch.randn(7, 3, INPUTS, requires_grad=True)
+    wanted = torch.autograd.grad(net(x, lengths).max(dim=1).values.sum(), x)[0].numpy()
+    converted = onnxgbp.convert(onnx.load_from_string(file.getvalue()), method="gradient")
+    results = ort_run(converted, {"x": x.detach().numpy(), "lengths": lengths.numpy()})
+    assert cosine(results["attribution"], wanted) > 0.999999
+    assert not results["attribution"][4:, 1].any()
