@@ -169,9 +169,11 @@ def _key(node: ir.Node) -> str:
 
 
 def _reads_integers(node: ir.Node) -> bool:
-    """Whether a node other than DequantizeLinear computes with the integers of a quantised tensor."""
+    """Whether a node computes with the integers of a quantised tensor; to clip them is part of the quantiser."""
     makers = ((value.producer(), value) for value in node.inputs if value is not None)
-    return _key(node) != "DequantizeLinear" and any(maker and carries_integers(maker, v) for maker, v in makers)
+    return _key(node) not in ("DequantizeLinear", "Clip") and any(
+        maker and carries_integers(maker, v) for maker, v in makers
+    )
 
 
 def _typed(op: Emit, gradient: ir.Value, like: ir.Value) -> ir.Value:

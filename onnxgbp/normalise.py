@@ -80,7 +80,9 @@ def _is_fused(node: ir.Node) -> bool:
 
 def expandable(node: ir.Node) -> bool:
     """Whether the standard defines a node by a function body, and no rule of ours knows the node itself."""
-    if _key(node) in VJPS or _key(node) in ACTIVATIONS or _key(node) in ZERO_GRADIENT or node.op_type in _KEPT:
+    if node.domain or node.op_type in VJPS or node.op_type in ACTIVATIONS or node.op_type in ZERO_GRADIENT:
+        return False
+    if node.op_type in _KEPT:
         return False
     schema = _schema(node)
     return schema is not None and bool(schema.has_function or schema.has_context_dependent_function)

@@ -44,7 +44,7 @@ _FLOAT8 = {
     ir.DataType.FLOAT8E5M2FNUZ,
 }
 
-_QOPERATOR = "it computes in integers; quantise the model in the QDQ format instead (QuantFormat.QDQ)"
+_QOPERATOR = "it computes in integers; use the QDQ format (QuantFormat.QDQ), in a file from before any optimisation"
 _DYNAMIC = (
     "its range is computed while the model runs; quantise the model statically in the QDQ format (quantize_static)"
 )
@@ -127,8 +127,19 @@ def quantiser(node: ir.Node) -> Quantiser:
         raise step.refuse(f"it quantises to {kind.name if kind else 'an unknown type'}; quantise to integers instead")
     bits = _INTEGERS[kind]
     smallest = -(2 ** (bits - 1)) if kind.name.startswith("INT") else 0
+    lowest, highest = _narrowed(step.y, smallest, smallest + 2**bits - 1)
     scale, zero = scale_of(step), _parameter(step, 2) if step.has(2) else np.zeros(())
-    return Quantiser(scale, (smallest - zero) * scale, (smallest + 2**bits - 1 - zero) * scale)
+    return Quantiser(scale, (lowest - zero) * scale, (highest - zero) * scale)
+
+
+def _narrowed(integers: ir.Value, lowest: int, highest: int) -> tuple[int, int]:
+    """The range of a quantiser whose integers go through a Clip: so torch exports 7 bits, and symmetric ranges."""
+    users = list(dict.fromkeys(integers.consumers()))
+    if len(users) != 1 or users[0].op_type != "Clip" or users[0].domain:
+        return lowest, highest
+    low, high = (Step(users[0]).argument(name) for name in ("min", "max"))
+    lowest = lowest if low is None else max(lowest, int(low))
+    return lowest, highest if high is None else min(highest, int(high))
 
 
 def readable(node: ir.Node) -> Quantiser | None:
@@ -146,6 +157,8 @@ def quantiser_behind(value: ir.Value) -> ir.Node | None:
     if maker is None or maker.domain or maker.op_type != "DequantizeLinear" or maker.inputs[0] is None:
         return None
     source = maker.inputs[0].producer()
+    if source is not None and source.op_type == "Clip" and source.inputs[0] is not None:
+        source = source.inputs[0].producer()
     return source if source is not None and not source.domain and source.op_type == "QuantizeLinear" else None
 
 
@@ -171,8 +184,9 @@ def _parameter(step: Step, index: int) -> Array:
 _NON_NEGATIVE = frozenset("Abs Exp HardSigmoid Relu ReduceL1 ReduceL2 Sigmoid Softmax Softplus Sqrt".split())
 # Their result is not negative where none of their inputs is.
 _KEEPS_SIGN = frozenset(
-    "Add AveragePool Cast Concat Div Dropout Expand Flatten Gather GlobalAveragePool GlobalMaxPool Identity MaxPool "
-    "Mean Min Mul Pad ReduceMax ReduceMean ReduceSum Reshape Slice Split Squeeze Sum Tile Transpose Unsqueeze".split()
+    "Add AveragePool Cast Concat DepthToSpace Div Dropout Erf Expand Flatten Gather GatherND Gelu GlobalAveragePool "
+    "GlobalMaxPool HardSwish Identity LRN LeakyRelu MaxPool Mean Min Mul Pad ReduceMax ReduceMean ReduceSum Reshape "
+    "Slice Softsign SpaceToDepth Split Squeeze Sum Swish Tanh Tile Transpose Unsqueeze Where".split()
 )
 
 
@@ -210,6 +224,8 @@ def _holds_no_negative(value: ir.Value, known: dict[ir.Value, bool]) -> bool:
         return False
     if node.op_type in _KEEPS_SIGN:
         return all(_non_negative(source, known) for source in node.inputs if source is None or is_float(source))
+    if node.op_type in ("Resize", "Upsample"):
+        return Step(node).argument("mode") != "cubic" and _non_negative(node.inputs[0], known)
     if node.op_type == "Max":
         return any(_non_negative(source, known) for source in node.inputs)
     if node.op_type == "Clip":

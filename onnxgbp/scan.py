@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.errors import OnnxgbpError
 
-__all__ = ["flipped", "scan", "unroll_scans"]
+__all__ = ["Body", "flipped", "scan", "unroll_scans"]
 
 # (states..., slices...) -> the next states, and what is stacked over the steps.
 Body: TypeAlias = "Callable[..., tuple[Sequence[ir.Value], Sequence[ir.Value]]]"
@@ -92,6 +92,9 @@ def unroll_scans(op: Emit) -> None:
             raise OnnxgbpError(f"the portable profile has no control flow, which '{node.name}' needs: use profile ort")
         if node.op_type != "Scan" or "length" not in node.meta:
             continue
+        inner = node.attributes["body"].as_graph().all_nodes()
+        if any(a.type == ir.AttributeType.GRAPH for within in inner for a in within.attributes.values()):
+            raise OnnxgbpError(f"the portable profile has no control flow, which '{node.name}' holds: use profile ort")
         if not isinstance(node.meta["length"], int):
             raise OnnxgbpError(
                 f"the portable profile has no loops, and the length of the sequence in '{node.name}' is free: export "

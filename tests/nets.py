@@ -415,6 +415,9 @@ class Transformer(nn.Module):
 class WindowAttention(nn.Module):
     """Swin: attention within windows, shifted by half of one in each second block; a bias per relative position."""
 
+    index: Tensor
+    mask: Tensor
+
     def __init__(self, width: int, heads: int, size: int, window: int, shift: int) -> None:
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
@@ -536,11 +539,15 @@ class Recurrent(nn.Module):
 
 @dataclass(frozen=True)
 class Net:
-    """make: the network; shape: of one sample, or None for token ids; smooth: it has no kinks."""
+    """make: the network; shape: of one sample, or None for token ids; activations: their kinds, but for gates."""
 
     make: Make
     shape: tuple[int, ...] | None = (3, 32, 32)
-    smooth: bool = False
+    activations: tuple[str, ...] = ("Relu",)
+
+    @property
+    def smooth(self) -> bool:
+        return not set(self.activations) & {"Relu", "Relu6", "HardSwish", "LeakyRelu"}
 
     def feeds(self, batch: int) -> dict[str, Tensor]:
         """Inputs by name, in the order of the network's arguments; the same at every call."""
@@ -562,20 +569,20 @@ NETS: dict[str, Net] = {
     "GoogLeNet": Net(googlenet, (3, 64, 64)),
     "Inception-v3": Net(inception_v3, (3, 80, 80)),
     "SqueezeNet": Net(squeezenet, (3, 64, 64)),
-    "MobileNetV2": Net(mobilenet_v2),
-    "MobileNetV3": Net(mobilenet_v3),
-    "EfficientNet-B0": Net(efficientnet_b0, smooth=True),
+    "MobileNetV2": Net(mobilenet_v2, activations=("Relu6",)),
+    "MobileNetV3": Net(mobilenet_v3, activations=("Relu", "HardSwish")),
+    "EfficientNet-B0": Net(efficientnet_b0, activations=("Swish",)),
     "ShuffleNetV2": Net(shufflenet_v2, (3, 64, 64)),
     "RegNet": Net(regnet_y, (3, 64, 64)),
-    "ConvNeXt": Net(convnext, smooth=True),
-    "ViT": Net(lambda: Transformer(partial(ModuleAttention, batch_first=True), 1), smooth=True),
-    "DeiT": Net(lambda: Transformer(FusedAttention, 2), smooth=True),
-    "Swin": Net(swin, smooth=True),
-    "MLP-Mixer": Net(mixer, smooth=True),
-    "CNN-1D": Net(cnn_1d, (4, 50)),
-    "LSTM": Net(lambda: Recurrent(nn.LSTM, 2, True), (9, 6), smooth=True),
-    "GRU": Net(lambda: Recurrent(nn.GRU, 1, False), (9, 6), smooth=True),
-    "BERT": Net(Bert, None, smooth=True),
+    "ConvNeXt": Net(convnext, activations=("Gelu",)),
+    "ViT": Net(lambda: Transformer(partial(ModuleAttention, batch_first=True), 1), activations=("Gelu",)),
+    "DeiT": Net(lambda: Transformer(FusedAttention, 2), activations=("Gelu",)),
+    "Swin": Net(swin, activations=("Gelu",)),
+    "MLP-Mixer": Net(mixer, activations=("Gelu",)),
+    "CNN-1D": Net(cnn_1d, (4, 50), ("Relu", "LeakyRelu", "Elu")),
+    "LSTM": Net(lambda: Recurrent(nn.LSTM, 2, True), (9, 6), ()),
+    "GRU": Net(lambda: Recurrent(nn.GRU, 1, False), (9, 6), ()),
+    "BERT": Net(Bert, None, ("Gelu", "Tanh")),
 }
 
 

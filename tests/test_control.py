@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
+import onnx.printer
 import pytest
 from checking import Array, check_vjp, cosine, evaluator, ort_run, reference_run
 
@@ -245,6 +246,14 @@ def test_onnx_runtime_agrees_with_the_reference(name: str) -> None:
         assert cosine(ours[key], wanted[key]) > 1 - 1e-12
 
 
+def test_a_loop_that_does_not_run() -> None:
+    converted = onnxgbp.convert(parse(LOOP), method="gradient", wrt=["x", "k"], target="seed")
+    seed = normal(2, 3, seed=5)
+    results = ort_run(converted, {**PAIR, "times": np.array(0), "seed": seed})
+    assert np.array_equal(results["attribution_x"], seed)
+    assert not results["attribution_k"].any()
+
+
 def test_the_portable_profile_unrolls_a_scan_of_known_length() -> None:
     for output in ("last", "all"):
         figures = check_vjp(
@@ -272,13 +281,15 @@ net (double[N,T,3] x, double[N,3] first) => (double[N,3] last, double[N,3,T] all
 """
 
 
+@pytest.mark.parametrize(("length", "profile"), [("T", "ort"), ("5", "portable")])
 @pytest.mark.parametrize("output", ["last", "all"])
 @pytest.mark.parametrize("directions", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
-def test_axes_and_directions(directions: tuple[int, int], output: str) -> None:
-    model = onnx.parser.parse_model(TURNED % directions)
+def test_axes_and_directions(directions: tuple[int, int], output: str, length: str, profile: str) -> None:
+    model = onnx.parser.parse_model((TURNED % directions).replace("T]", f"{length}]").replace("T,", f"{length},"))
     feeds = {"x": normal(2, 5, 3), "first": normal(2, 3, seed=1)}
     seed = normal(*ort_run(model, feeds)[output].shape, seed=5)
-    converted = onnxgbp.convert(model, method="gradient", output=output, wrt=["x", "first"], target="seed")
+    options = {"method": "gradient", "output": output, "wrt": ["x", "first"], "profile": profile}
+    converted = onnxgbp.convert(model, target="seed", **options)  # type: ignore[arg-type]
     results = ort_run(converted, {**feeds, "seed": seed})
     for name, value in feeds.items():
         v = normal(*value.shape, seed=7)
@@ -323,3 +334,16 @@ def test_an_operator_without_a_rule_in_a_branch_is_named() -> None:
     text = RULED.replace("h = MatMul(x, w)", "h = Det(x)")
     with pytest.raises(onnxgbp.OnnxgbpError, match="operator Det"):
         onnxgbp.convert(onnx.parser.parse_model(text), target="seed")
+
+
+def test_copies_of_a_body_share_its_weights_and_leave_it_as_it_was() -> None:
+    model = parse(CHOICE)
+    converted = onnxgbp.convert(model, output="y", target="seed")
+    weights = [tensor.name for tensor in converted.graph.initializer if list(tensor.dims) == [4, 4]]
+    assert weights == ["w"]
+    before, after = (next(n for n in m.graph.node if n.op_type == "If") for m in (model, converted))
+    for name in ("then_branch", "else_branch"):
+        bodies = [next(a.g for a in node.attribute if a.name == name) for node in (before, after)]
+        assert [onnx.printer.to_text(node) for node in bodies[0].node] == [
+            onnx.printer.to_text(node) for node in bodies[1].node
+        ]

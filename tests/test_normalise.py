@@ -414,7 +414,7 @@ BODIES = [
     "test_attention_4d_diff_heads_sizes_scaled",
     "test_attention_4d_gqa_with_past_and_present",
     "test_attention_4d_softcap",
-    "test_nllloss_NCd1d2_weight",
+    "test_nllloss_NCd1d2_with_weight",
     "test_rotary_embedding",
     "test_rotary_embedding_3d_input",
     "test_rotary_embedding_interleaved",

@@ -214,8 +214,8 @@ FLOAT_NET = {"grad_logit": ("gradient", 0.99), "gbp_captum": ("guided", 0.995), 
 
 @pytest.mark.parametrize("kind", FLOAT_NET)
 def test_corpus_against_the_float_net(kind: str) -> None:
-    """Not 0.999: with nothing but its weights rounded to 8 bits, its activations left in float, this net's maps have the
-    cosines 0.9946, 0.9974 and 0.9967 with those of the float net. So many decisions are flipped by the weights alone.
+    """Not 0.999: with nothing but its weights rounded to 8 bits, its activations left in float, this net's maps have
+    the cosines 0.9946, 0.9974 and 0.9967 with those of the float net. So much do the weights alone change.
     """
     row = next(r for r in json.loads((CORPUS / "manifest.json").read_text()) if r["id"] == "torch_mnist_relu.qdq")
     arrays = np.load(CORPUS / row["npz"])
@@ -285,6 +285,17 @@ def test_another_scale_behind() -> None:
     constants = {"k_s": np.float32(0.1), "j_s": np.float32(0.3), "k_z": np.uint8(9)}
     model = small_model(nodes, {"x": ["N", 1]}, constants=constants)
     assert gradient(model, np.ones((1, 1), np.float32)).item() == pytest.approx(3)
+
+
+def test_integers_that_are_clipped_have_a_narrower_range() -> None:
+    """As torch exports 7 bits for activations."""
+    quantize, dequantize = pair("x", "y", "k")
+    dequantize.input[0] = "clipped"
+    nodes = [quantize, node("Clip", "y_q low high", "clipped"), dequantize]
+    constants = {"k_s": np.float32(0.1), "k_z": np.uint8(20), "low": np.uint8(0), "high": np.uint8(127)}
+    model = small_model(nodes, {"x": ["N", 4]}, constants=constants)
+    x = np.array([[-2.1, -2, 10.7, 10.8]], np.float32)  # -2 to 10.7
+    assert gradient(model, x).tolist() == [[0, 1, 1, 0]]
 
 
 def test_16_bits() -> None:

@@ -312,7 +312,7 @@ def test_torch_exports(kind: str, reads: str, options: dict[str, Any], opset: in
         assert np.abs(results["attribution"] - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", GATES)
 def test_torch_exports_packed_sequences(kind: str) -> None:
     torch = pytest.importorskip("torch")
 

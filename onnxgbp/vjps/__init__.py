@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxgbp.vjps import control, elementwise, linear, norm, pool, quantised, recurrent, reduce, shape
+from onnxgbp.vjps import control, elementwise, linear, norm, pool, quantised, recurrent, reduce, sample, shape, signal
 from onnxgbp.vjps.entry import Entry
 
 __all__ = ["FAMILIES", "VJPS", "ZERO_GRADIENT", "Entry"]
@@ -16,7 +16,9 @@ FAMILIES = {
     "quantisation": quantised.VJPS,
     "recurrent": recurrent.VJPS,
     "reduction": reduce.VJPS,
+    "sampling": sample.VJPS,
     "shape": shape.VJPS,
+    "signal": signal.VJPS,
 }
 
 VJPS: dict[str, Entry] = {operator: entry for family in FAMILIES.values() for operator, entry in family.items()}

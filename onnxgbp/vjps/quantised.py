@@ -33,9 +33,9 @@ def quantize_x(op: Emit, s: Step) -> ir.Value:
 
 def dequantize_x(op: Emit, s: Step) -> ir.Value:
     """The integers came from a QuantizeLinear, by the same scale unless somebody edited the file."""
-    maker = s.x.producer()
-    if maker is None or maker.op_type != "QuantizeLinear":
-        return s.dy  # and its maker says why there is no way on
+    maker = quantiser_behind(s.y)
+    if maker is None:
+        return s.dy  # and whatever made the integers says why there is no way on
     given, own = quantiser(maker).scale, scale_of(s)
     return s.dy if np.array_equal(given, own) else op.Mul(s.dy, op.like(own / given, s.dy))
 

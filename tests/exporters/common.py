@@ -1,0 +1,60 @@
+"""What every script of an exporter shares. It runs in that exporter's environment, so it needs numpy alone.
+
+A script is `python SCRIPT FOLDER`. For each of its nets it leaves in FOLDER
+
+    NAME.onnx   the exported net
+    NAME.npz    x: what goes in, in the layout of the ONNX input; target: a class for each sample; output: what the
+                framework itself computes from x; gradient, guided: its gradient of the target's logit with respect
+                to x, plain and with the guided rule written at every activation by hand
+
+or, where the export itself failed, NAME.txt with the reason. Nothing of onnxgbp is used here.
+"""
+
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+CLASSES = 5
+EXPORTED_BATCH, BATCH = 2, 6  # what an example input has, where an exporter wants one; what is compared
+
+
+def seeded(name: str) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(name.encode()))
+
+
+def image(name: str, *shape: int) -> np.ndarray:
+    return seeded(name).normal(size=(BATCH, *shape)).astype(np.float32)
+
+
+def targets() -> np.ndarray:
+    """Every class in turn: the strongest one alone would leave most columns of the last layer untested."""
+    return np.arange(BATCH) % CLASSES
+
+
+def weights(name: str, shape: tuple[int, ...], kind: str, fan_in: int) -> np.ndarray:
+    """Weights that keep the signal's size; statistics and biases away from the 0 and 1 that hide a forgotten one."""
+    rng = seeded(name)
+    if kind == "kernel":
+        return rng.normal(scale=(2 / fan_in) ** 0.5, size=shape).astype(np.float32)
+    if kind in ("scale", "variance"):
+        return rng.uniform(0.6, 1.4, size=shape).astype(np.float32)
+    if kind == "slope":
+        return rng.uniform(0.1, 0.4, size=shape).astype(np.float32)
+    assert kind == "shift", kind
+    return rng.normal(scale=0.2, size=shape).astype(np.float32)
+
+
+def main(nets: Mapping[str, Callable[[Path], dict[str, np.ndarray]]]) -> None:
+    """Exports each net: the function writes the file whose path it is given and returns the arrays."""
+    folder = Path(sys.argv[1])
+    for name, export in nets.items():
+        try:
+            arrays = export(folder / f"{name}.onnx")
+        except Exception as error:  # noqa: BLE001 an exporter may raise anything, and the next net is another matter
+            lines = f"{type(error).__name__}: {error}".strip().splitlines()
+            (folder / f"{name}.txt").write_text(lines[0][:200])
+        else:
+            np.savez(folder / f"{name}.npz", **arrays)
