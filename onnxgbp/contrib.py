@@ -129,11 +129,13 @@ def _normalised(
     if centred and op.opset >= 17 and axis == -1:
         return list(op.several(3, "LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon))
     axes = list(range(axis, 0))
-    mean = op.ReduceMean(x, axes=axes, keepdims=1)
-    deviation = op.Sub(x, mean) if centred else x
+    narrow = x.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)  # where squares overflow and epsilon is lost
+    wide = op.Cast(x, to=int(ir.DataType.FLOAT)) if narrow else x
+    mean = op.ReduceMean(wide, axes=axes, keepdims=1)
+    deviation = op.Sub(wide, mean) if centred else wide
     variance = op.ReduceMean(op.Mul(deviation, deviation), axes=axes, keepdims=1)
     inverse = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
-    y = op.Mul(op.Mul(deviation, inverse), scale)
+    y = op.Mul(op.cast_like(op.Mul(deviation, inverse), x), scale)
     return [op.Add(y, bias) if bias is not None else y, mean, inverse]
 
 

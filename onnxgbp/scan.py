@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
+from onnxgbp.branches import detach
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.errors import OnnxgbpError
 
@@ -106,9 +107,7 @@ def unroll_scans(op: Emit) -> None:
         for output, result in zip(node.outputs, results, strict=True):
             op.typed(result, output)
             output.replace_all_uses_with(result)
-        for inner in node.attributes["body"].as_graph():  # else what it captured would never be pruned
-            for index in range(len(inner.inputs)):
-                inner.replace_input_with(index, None)
+        detach(node.attributes["body"].as_graph())
         op.graph.remove(node, safe=True)
 
 

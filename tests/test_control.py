@@ -331,9 +331,14 @@ def test_activations_in_a_branch_are_in_the_audit() -> None:
 
 
 def test_an_operator_without_a_rule_in_a_branch_is_named() -> None:
-    text = RULED.replace("h = MatMul(x, w)", "h = Det(x)")
-    with pytest.raises(onnxgbp.OnnxgbpError, match="operator Det"):
-        onnxgbp.convert(onnx.parser.parse_model(text), target="seed")
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,3] x, bool which) => (float[N] y)
+    { y = If (which) <then_branch = f () => (float[N] o) { [inner] o = Det(x) },
+                      else_branch = g () => (float[N] o) { o = ReduceMax<axes = [1, 2], keepdims = 0>(x) }> }
+    """
+    with pytest.raises(onnxgbp.OnnxgbpError, match=r"operator Det \(node 'inner'\)"):
+        onnxgbp.convert(parse(text), target="seed")
 
 
 def test_copies_of_a_body_share_its_weights_and_leave_it_as_it_was() -> None:

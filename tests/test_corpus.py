@@ -22,12 +22,12 @@ ROWS: dict[str, dict[str, Any]] = {row["id"]: row for row in json.loads((CORPUS 
 # The row of the file whose last output is a list of maps has no references of its own: its twin's serve.
 ZIPMAP = {"grad_logit": "grad_logit", "gbp_logit": "gbp_logit", "deconv_logit": "deconv_logit"}
 
-NOT_RUN = {"torch_mnist_relu.qdq": "quantised: not supported yet"}
-
 # Lowest cosine with the stored references, where it is not 0.999.
 LOOSER = {
     # float16 weights of its own flip 4 ReLU and 3 MaxPool decisions; see also test_float16_against_its_own_weights.
     "torch_mnist_relu.fp16_keepio": 0.997,
+    # Rounding its weights alone leaves 0.9946 against the float net's gradient; its activations are rounded as well.
+    "torch_mnist_relu.qdq": 0.99,
 }
 
 
@@ -49,9 +49,7 @@ def _options(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return options
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [(name, kind) for name in ROWS if name not in NOT_RUN for kind in _references(ROWS[name])]
-)
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in ROWS for kind in _references(ROWS[name])])
 def test_stored_reference(name: str, kind: str) -> None:
     row = ROWS[name]
     arrays = np.load(CORPUS / row["npz"])

@@ -72,9 +72,11 @@ def scan_(op: Emit, s: Step, active: Collection[ir.Value]) -> _Pairs:
             yield value, gradient
     for place, gradient in zip(wanted, dslices, strict=True):
         gradient = flipped(op, gradient) if in_flips[place] else gradient
-        axis = in_axes[place] % s.rank(sequences[place])
-        order = [*range(1, axis + 1), 0, *range(axis + 1, s.rank(sequences[place]))]
-        yield sequences[place], op.Transpose(gradient, perm=order) if axis else gradient
+        if in_axes[place]:
+            rank = s.rank(sequences[place])
+            axis = in_axes[place] % rank
+            gradient = op.Transpose(gradient, perm=[*range(1, axis + 1), 0, *range(axis + 1, rank)])
+        yield sequences[place], gradient
 
 
 def _body(s: Step, name: str) -> ir.Graph:
@@ -93,9 +95,12 @@ def _numbers(s: Step, name: str, count: int) -> list[int]:
 def _in_order(op: Emit, s: Step, value: ir.Value, axis: int, flip: int, like: ir.Value | None = None) -> ir.Value:
     """A sequence with its steps along the first axis, in the order in which they are taken."""
     like = value if like is None else like
+    if axis == 0:
+        moved = op.typed(op.Identity(value), like)
+        return flipped(op, moved) if flip else moved
     rank, dims = s.rank(like), dims_of(like) or ()
     order = [axis % rank, *(i for i in range(rank) if i != axis % rank)]
-    moved = op.Transpose(value, perm=order) if axis % rank else op.Identity(value)
+    moved = op.Transpose(value, perm=order)
     moved.shape = ir.Shape([dims[i] for i in order])
     return flipped(op, moved) if flip else moved
 

@@ -68,18 +68,25 @@ class Relu6(linen.Module):
 
 
 class Leaky(linen.Module):
-    """LeakyReLU, PReLU with a slope per channel, ELU, a dilated convolution."""
+    """LeakyReLU, PReLU as flax writes it, ELU, a dilated convolution."""
 
     rule: Rule
+    slopes: tuple[int, ...] = ()
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = norm(linen.Conv(8, (3, 3))(x))
         x = linen.Conv(8, (3, 3), kernel_dilation=(2, 2))(self.rule(linen.leaky_relu)(x))
-        slope = self.param("slope", linen.initializers.ones, (8,))
+        slope = self.param("slope", linen.initializers.ones, self.slopes)
         x = self.rule(lambda z, a: jnp.where(z >= 0, z, a * z))(x, slope)
         x = self.rule(linen.elu)(linen.Conv(8, (3, 3), strides=(2, 2), padding="VALID")(x))
         return linen.Dense(CLASSES)(x.max(axis=(1, 2)))
+
+
+class LeakyChannels(Leaky):
+    """A slope for each channel, as the paper has it."""
+
+    slopes: tuple[int, ...] = (8,)
 
 
 class SiluGate(linen.Module):
@@ -190,6 +197,7 @@ NETS = {
     "relu_static": (Relu, (18, 18, 3), 23, BATCH, False),
     "relu6": (Relu6, (16, 16, 3), 21, "B", False),
     "leaky": (Leaky, (12, 12, 3), 21, "B", False),
+    "leaky_channels": (LeakyChannels, (12, 12, 3), 21, "B", False),
     "silu_gate": (SiluGate, (16, 16, 3), 21, "B", False),
     "transformer": (Transformer, (16, 16, 3), 23, "B", False),
     "perceptron": (Perceptron, (20,), 21, "B", False),
