@@ -21,6 +21,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
 from onnxgbp import external
+from onnxgbp.branches import inline_constant_ifs
 from onnxgbp.contrib import CONTRIB
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import write
@@ -261,4 +262,7 @@ def _to_ir(proto: onnx.ModelProto, path: Path | None, where: str) -> ir.Model:
             ir.external_data.set_base_dir(model.graph, path.resolve().parent)
         normalise(model)
         infer_shapes(model)
+        while inline_constant_ifs(model):
+            normalise(model)
+            infer_shapes(model)
     return model

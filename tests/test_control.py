@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx.parser
 import onnx.printer
 import pytest
 from checking import Array, check_vjp, cosine, evaluator, ort_run, reference_run
+from onnx.backend.test.case.node import collect_testcases
 
 import onnxgbp
 from onnxgbp.convert import GradientGraph
@@ -352,3 +354,23 @@ def test_copies_of_a_body_share_its_weights_and_leave_it_as_it_was() -> None:
         assert [onnx.printer.to_text(node) for node in bodies[0].node] == [
             onnx.printer.to_text(node) for node in bodies[1].node
         ]
+
+
+@pytest.mark.parametrize("case", ["linear", "gated", "delta", "gated_delta_gqa"])
+def test_a_scan_in_the_standard_s_own_functions(case: str) -> None:
+    name = f"test_linear_attention_{case}_expanded"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the generators of all cases run, and some overflow
+        found = next(test for test in collect_testcases(None) if test.name == name)
+    model, rng = found.model, np.random.default_rng(0)
+    feeds = {value.name: np.asarray(a) for value, a in zip(model.graph.input, found.data_sets[0][0], strict=True)}
+    for output in (value.name for value in model.graph.output):
+        seed = rng.standard_normal(reference_run(model, feeds)[output].shape).astype(np.float32)
+        for wrt in (name for name in feeds if output == "output" or name != "query"):  # no query in the state
+            converted = onnxgbp.convert(model, method="gradient", target="seed", output=output, wrt=wrt)
+            product = reference_run(converted, {**feeds, "seed": seed})["attribution"]
+            v = rng.standard_normal(feeds[wrt].shape).astype(np.float32)
+            ends = [reference_run(model, {**feeds, wrt: feeds[wrt] + step * v})[output] for step in (0.01, -0.01)]
+            difference = ((ends[0] - ends[1]).astype(np.float64) * seed).sum() / 0.02
+            # The functions compute in float32 whatever they are given, so a difference has three digits.
+            assert abs((product * v).sum() - difference) < 2e-3 * max(1, np.linalg.norm(product * v))

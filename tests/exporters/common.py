@@ -10,6 +10,7 @@ A script is `python SCRIPT FOLDER`. For each of its nets it leaves in FOLDER
 or, where the export itself failed, NAME.txt with the reason. Nothing of onnxgbp is used here.
 """
 
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Mapping
@@ -48,13 +49,21 @@ def weights(name: str, shape: tuple[int, ...], kind: str, fan_in: int) -> np.nda
 
 
 def main(nets: Mapping[str, Callable[[Path], dict[str, np.ndarray]]]) -> None:
-    """Exports each net: the function writes the file whose path it is given and returns the arrays."""
-    folder = Path(sys.argv[1])
-    for name, export in nets.items():
+    """Exports each net: the function writes the file whose path it is given and returns the arrays.
+
+    Each in a process of its own: an exporter in C++ may abort, and the next net is another matter.
+    """
+    folder, *names = sys.argv[1:]
+    for name in names or nets:
+        path = Path(folder) / name
+        if not names:
+            done = subprocess.run([sys.executable, sys.argv[0], folder, name], capture_output=True)
+            if done.returncode:
+                path.with_suffix(".txt").write_text(f"the exporter crashed, exit status {done.returncode}")
+            continue
         try:
-            arrays = export(folder / f"{name}.onnx")
-        except Exception as error:  # noqa: BLE001 an exporter may raise anything, and the next net is another matter
-            lines = f"{type(error).__name__}: {error}".strip().splitlines()
-            (folder / f"{name}.txt").write_text(lines[0][:200])
+            arrays = nets[name](path.with_suffix(".onnx"))
+        except Exception as error:  # noqa: BLE001 an exporter may raise anything
+            path.with_suffix(".txt").write_text(f"{type(error).__name__}: {error}".strip().partition("\n")[0][:200])
         else:
-            np.savez(folder / f"{name}.npz", **arrays)
+            np.savez(path.with_suffix(".npz"), **arrays)

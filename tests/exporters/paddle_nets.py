@@ -111,7 +111,7 @@ class Transformer(Net):
 
 
 class Perceptron(Net):
-    """ReLU, tanh, softplus, a softmax at the end."""
+    """ReLU, tanh, sigmoid, a softmax at the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Perceptron(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(F.tanh, self.second(self.act(F.relu, self.first(x))))
-        x = self.head(self.act(F.softplus, self.third(x)))
+        x = self.head(self.act(F.sigmoid, self.third(x)))
         return x if self.logits else F.softmax(x)
 
 
@@ -160,12 +160,15 @@ def export(make: type[Net], shape: tuple[int, ...], opset: int, path: Path) -> d
     fed = paddle.to_tensor(x, stop_gradient=False)
     arrays = {"x": x, "target": target, "output": net(fed).numpy()}
     net.logits = True
+    if make is Recurrent:
+        net.train()  # Paddle keeps what an LSTM's gradient needs in training mode alone, and nothing here drops out
     for name in ("gradient", "guided"):
         net.guided = name == "guided"
         logits = net(fed)
         picked = (logits * F.one_hot(paddle.to_tensor(target), CLASSES)).sum()
         arrays[name] = paddle.grad(picked, fed)[0].numpy()
     net.guided = net.logits = False
+    net.eval()
     spec = [paddle.static.InputSpec([None, *shape], "float32", "x")]
     paddle.onnx.export(net, str(path.with_suffix("")), input_spec=spec, opset_version=opset)
     if not path.exists():

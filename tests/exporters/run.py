@@ -63,6 +63,21 @@ EXPORTERS = {
         "flax_nets.py",
         ("jax==0.10.2", "jaxlib==0.10.2", "flax==0.12.8", "jax2onnx==0.17.1", "onnx==1.23.2", "numpy==2.4.6"),
     ),
+    "paddle": Exporter(
+        "paddle_nets.py",
+        (
+            "paddlepaddle==3.3.1",
+            "paddle2onnx==2.1.0",
+            "onnx==1.17.0",
+            "numpy==2.4.6",
+            "packaging==26.3",  # paddle2onnx imports it and setuptools without saying so
+            "setuptools==75.8.0",
+        ),
+    ),
+    "keras": Exporter(
+        "keras_nets.py",
+        ("tensorflow-cpu==2.21.0", "keras==3.15.1", "tf2onnx==1.17.0", "onnx==1.23.2", "numpy==2.4.6"),
+    ),
 }
 
 
