@@ -123,7 +123,11 @@ class GradientGraph:
             _output(op, name, gradients[value], value.meta.get("declared", (None, value.shape))[1])
         batch = (dims_of(explained.tensor) or (1,))[:1]
         _output(op, "attribution_target", seed.target, ir.Shape([dim if _named(dim) else None for dim in batch]))
-        marked = {node.meta["activation"] for node in nodes if node.op_type == "Activation" and node.domain == PRIVATE}
+        marked = [
+            node.meta["activation"]
+            for node in graph.all_nodes()
+            if node.op_type == "Activation" and node.domain == PRIVATE
+        ]
         options = {
             "target": str(target),
             "explained": explained.tensor.name or "",
@@ -134,6 +138,7 @@ class GradientGraph:
         if explained.stripped:
             options["stripped"] = stripped_text(explained)
         order = [activation for activation in found.values() if activation in marked]
+        order += [activation for activation in marked if activation.node not in found]  # in the bodies of control flow
         return cls(source, model, tuple(order), explained, options, arguments)
 
     def choices(

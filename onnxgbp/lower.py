@@ -13,7 +13,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from onnxgbp.branches import detach
 from onnxgbp.emit import PRIVATE, Emit, Operand
+from onnxgbp.scan import unroll_scans
 from onnxgbp.window import Window
 
 __all__ = ["PROFILES", "lower", "prune", "replace_calls"]
@@ -22,26 +24,27 @@ Lowering: TypeAlias = "Callable[[Emit, ir.Node], ir.Value]"
 
 
 def replace_calls(op: Emit, table: Mapping[str, Lowering]) -> None:
-    """Replaces each private call that the table knows by the nodes that its function writes."""
-    nodes = list(op.graph)
+    """Replaces each private call that the table knows by the nodes that its function writes, in sub-graphs as well."""
+    nodes = list(op.graph.all_nodes())
     for node in nodes:
-        if node.domain != PRIVATE or node.op_type not in table:
+        if node.domain != PRIVATE or node.op_type not in table or node.graph is None:
             continue
         op.scope = (node.name or "").rpartition("/")[0]
         value, call = table[node.op_type](op, node), node.outputs[0]
         new = op.take()
-        op.graph.insert_before(node, new)
+        node.graph.insert_before(node, new)
         nodes.extend(new)  # a spelling may call another
         if value.shape is None:
             op.typed(value, call)
         call.replace_all_uses_with(value, replace_graph_outputs=True)
-        op.graph.remove(node, safe=True)
+        node.graph.remove(node, safe=True)
 
 
 def lower(op: Emit, profile: str) -> None:
     """Spells every gradient for the profile. No private call is left."""
     replace_calls(op, {call: choices[profile] for call, choices in LOWERINGS.items()})
     if profile == "portable":
+        unroll_scans(op)
         untie_weights(op)
 
 
@@ -246,6 +249,9 @@ def prune(graph: ir.Graph) -> None:
     """Removes every node and constant that no output needs. Inputs stay, since the caller feeds them."""
     for node in reversed(list(graph)):
         if all(not value.uses() and not value.is_graph_output() for value in node.outputs):
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.GRAPH:
+                    detach(attribute.as_graph())
             graph.remove(node, safe=True)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output() and not value.is_graph_input():

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
 from onnxgbp import external
-from onnxgbp.branches import inline_constant_ifs
+from onnxgbp.branches import inline_constant_ifs, lift_initializers
 from onnxgbp.contrib import CONTRIB
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import write
@@ -77,6 +77,11 @@ def load(source: ModelLike) -> Source:
             proto = onnx.inliner.inline_local_functions(proto, convert_version=True)
     _check_nodes(proto, where)
     if _opset(proto) < LOWEST_OPSET:
+        if any(node.op_type == "Scan" for graph in external.graphs(proto.graph) for node in graph.node):
+            raise OnnxgbpError(
+                f"{where} has a Scan of opset 8, which onnx cannot raise without changing the inputs: export it "
+                "with opset 9 or newer"
+            )
         proto = _raise_opset(proto, LOWEST_OPSET)
     odd = {}
     for output in proto.graph.output:
@@ -195,8 +200,8 @@ def _check_proto(proto: onnx.ModelProto, where: str) -> None:
     _check_names(proto.graph, where)
 
 
-def _check_names(graph: onnx.GraphProto, where: str) -> None:
-    """Every tensor is made once, and before it is read (its order in the file does not matter)."""
+def _check_names(graph: onnx.GraphProto, where: str, outer: frozenset[str] = frozenset()) -> None:
+    """Every tensor is made once, and before it is read (its order in the file does not matter); so in sub-graphs."""
     made = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         for name in node.output:
@@ -207,13 +212,17 @@ def _check_names(graph: onnx.GraphProto, where: str) -> None:
             made.add(name)
     for node in graph.node:
         for name in node.input:
-            if name and name not in made:
+            if name and name not in made and name not in outer:
                 raise OnnxgbpError(
                     f"{where} is cut off or damaged: node '{_label(node)}' reads tensor '{name}', which nothing makes"
                 )
     for value in graph.output:
         if value.name not in made:
             raise OnnxgbpError(f"{where} is cut off or damaged: nothing makes its output '{value.name}'")
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                _check_names(body, where, outer | made)
 
 
 def _label(node: onnx.NodeProto) -> str:
@@ -225,7 +234,7 @@ def _check_nodes(proto: onnx.ModelProto, where: str) -> None:
     context = onnx.checker.C.CheckerContext()
     context.ir_version = proto.ir_version
     context.opset_imports = {entry.domain: entry.version for entry in proto.opset_import}
-    for node in proto.graph.node:
+    for node in (node for graph in external.graphs(proto.graph) for node in graph.node):
         body = any(attribute.HasField("g") for attribute in node.attribute)
         schema = onnx.defs.has(node.op_type, node.domain) and not node.domain
         # ONNX Runtime's optimiser writes a LayerNormalization into files of an opset that has none.
@@ -260,6 +269,7 @@ def _to_ir(proto: onnx.ModelProto, path: Path | None, where: str) -> ir.Model:
         model.graph.meta["ir_version"] = model.ir_version
         if path is not None:
             ir.external_data.set_base_dir(model.graph, path.resolve().parent)
+        lift_initializers(model)
         normalise(model)
         infer_shapes(model)
         while inline_constant_ifs(model):

@@ -189,7 +189,9 @@ def _entries(root: ir.Node, order: dict[ir.Node, int]) -> Iterator[tuple[ir.Valu
     while len(group) < _LONGEST:
         latest = max(frontier, key=lambda value: _index(value, order))
         node = latest.producer()
-        if node is None or node.domain or node.op_type not in _ELEMENTWISE or len(node.outputs) != 1:
+        if node is None or node not in order:
+            return  # an input, or what a body captures from outside
+        if node.domain or node.op_type not in _ELEMENTWISE or len(node.outputs) != 1:
             return
         group.add(node)
         frontier.remove(latest)

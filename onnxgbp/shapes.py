@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxgbp.branches import loop_states
 from onnxgbp.constants import FOLDABLE, SMALL, evaluate, is_constant
 
 __all__ = ["infer_shapes"]
@@ -146,6 +147,8 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> tu
         except Exception:  # noqa: BLE001, S112 - inference raises many kinds; the tensors behind the node are then not known
             continue
         types.update(outputs)
+        if entry.proto.op_type == "Loop":
+            types.update(loop_states(entry.proto, types, entry.opsets))
         if entry.node.op_type in _UNKNOWN_TO_ONNX:
             types[entry.proto.output[0]] = types[inputs[0]]
         if entry.node.op_type in _POOLS:

@@ -87,9 +87,10 @@ def random_inputs(values: Sequence[onnx.ValueInfoProto], batch: int, sizes: tupl
             dims.append(dim.dim_value if dim.dim_value > 0 else free)
         kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         if value.type.tensor_type.elem_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.UINT8):
-            feeds[value.name] = (np.ones(dims) if "mask" in value.name else rng.integers(0, 10, dims)).astype(kind)
+            given = np.ones(dims) if "mask" in value.name else rng.integers(0, 10, dims)
+            feeds[value.name] = np.asarray(given, kind)
         else:
-            feeds[value.name] = (rng.standard_normal(dims) * scale).astype(kind)
+            feeds[value.name] = np.asarray(rng.standard_normal(dims) * scale, kind)
     return feeds
 
 

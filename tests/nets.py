@@ -159,7 +159,7 @@ def residual_net(
 
 
 resnet18 = partial(residual_net, basic, (2, 2, 2, 2), (8, 16, 24, 32))
-resnet50 = partial(residual_net, bottleneck, (2, 2, 2, 1), (4, 8, 12, 16), expand=4)
+resnet50 = partial(residual_net, bottleneck, (1, 2, 1, 1), (4, 8, 12, 16), expand=4)
 resnext = partial(residual_net, partial(bottleneck, expand=2, group=4), (1, 2, 1), (8, 16, 24), expand=2)
 regnet_y = partial(residual_net, partial(bottleneck, expand=1, group=8, excite=True), (1, 2, 2), (8, 16, 32))
 
@@ -182,8 +182,8 @@ def densenet() -> nn.Module:
     layers: list[nn.Module] = [ConvNorm(3, 16, 7, 2), nn.MaxPool2d(3, 2, 1)]
     width = 16
     for last in (False, False, True):
-        layers += [DenseLayer(width + 8 * index) for index in range(3)]
-        width += 24
+        layers += [DenseLayer(width + 8 * index) for index in range(2)]
+        width += 16
         layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         if not last:
             layers += [nn.Conv2d(width, width // 2, 1, bias=False), nn.AvgPool2d(2, 2)]
@@ -204,7 +204,7 @@ def googlenet() -> nn.Module:
     return line(
         *(conv(3, 12, 7, 2), pool(3, 2), conv(12, 12, 1), conv(12, 16, 3), pool(3, 2)),
         *(inception(16, 8, 12, 4, 4), inception(28, 8, 16, 8, 8), pool(3, 2)),
-        *(inception(40, 16, 16, 8, 8), inception(48, 16, 24, 8, 8), pool(2, 2), head(56)),
+        *(inception(40, 16, 16, 8, 8), pool(2, 2), head(48)),
     )
 
 

@@ -31,6 +31,8 @@ def transpose_x(op: Emit, s: Step) -> ir.Value:
 def concat_x(op: Emit, s: Step, index: int) -> ir.Value:
     """The part of dy that came from this input."""
     axis = s.axis()
+    for value in s.node.inputs:
+        s.rank(value)  # refuses an unknown one
     sizes = [size for size in ((dims_of(s.input(i)) or ())[axis] for i in range(index + 1)) if isinstance(size, int)]
     if len(sizes) == index + 1:
         return op.Slice(s.dy, starts=[sum(sizes[:-1])], ends=[sum(sizes)], axes=[axis])

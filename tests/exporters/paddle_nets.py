@@ -71,7 +71,7 @@ class Leaky(Net):
         self.last, self.head = nn.Conv2D(6, 8, 3, stride=2), nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(functools.partial(F.leaky_relu, negative_slope=0.2), self.norm(self.stem(x)))
+        x = self.act(F.leaky_relu, self.norm(self.stem(x)))
         x = self.act(self.prelu, self.wide(x))
         x = self.act(F.mish, self.last(self.act(F.elu, self.up(x))))
         return self.head(x.max(axis=[2, 3]))
@@ -93,7 +93,7 @@ class SiluGate(Net):
 
 
 class Transformer(Net):
-    """Patches, attention, LayerNorm, GELU by erf and by tanh."""
+    """Patches, attention, LayerNorm, GELU by erf (its tanh form is exported as erf)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,8 +106,7 @@ class Transformer(Net):
         x = self.patches(x).flatten(2).transpose([0, 2, 1])
         x = x + self.attention(self.norm1(x))
         x = x + self.down(self.act(F.gelu, self.up(self.norm2(x))))
-        x = self.act(functools.partial(F.gelu, approximate=True), self.hidden(x.mean(1)))
-        return self.head(x)
+        return self.head(self.act(F.gelu, self.hidden(x.mean(1))))
 
 
 class Perceptron(Net):
@@ -157,16 +156,16 @@ def export(make: type[Net], shape: tuple[int, ...], opset: int, path: Path) -> d
     reseed(net)
     net.eval()
     x, target = image(make.__name__, *shape), targets()
-    fed = paddle.to_tensor(x, stop_gradient=False)
-    arrays = {"x": x, "target": target, "output": net(fed).numpy()}
+    arrays = {"x": x, "target": target, "output": net(paddle.to_tensor(x)).numpy()}
     net.logits = True
     if make is Recurrent:
         net.train()  # Paddle keeps what an LSTM's gradient needs in training mode alone, and nothing here drops out
     for name in ("gradient", "guided"):
         net.guided = name == "guided"
-        logits = net(fed)
-        picked = (logits * F.one_hot(paddle.to_tensor(target), CLASSES)).sum()
-        arrays[name] = paddle.grad(picked, fed)[0].numpy()
+        fed = paddle.to_tensor(x, stop_gradient=False)
+        picked = (net(fed) * F.one_hot(paddle.to_tensor(target), CLASSES)).sum()
+        picked.backward()  # paddle.grad, which would leave out the weights, fails for an LSTM
+        arrays[name] = fed.grad.numpy()
     net.guided = net.logits = False
     net.eval()
     spec = [paddle.static.InputSpec([None, *shape], "float32", "x")]

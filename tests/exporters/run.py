@@ -56,9 +56,7 @@ class Exporter:
 
 
 EXPORTERS = {
-    "sklearn": Exporter(
-        "sklearn_nets.py", ("scikit-learn==1.9.1", "skl2onnx==1.20.0", "onnx==1.23.2", "numpy==2.4.6")
-    ),
+    "sklearn": Exporter("sklearn_nets.py", ("scikit-learn==1.9.1", "skl2onnx==1.20.0", "onnx==1.23.2", "numpy==2.4.6")),
     "jax": Exporter(
         "flax_nets.py",
         ("jax==0.10.2", "jaxlib==0.10.2", "flax==0.12.8", "jax2onnx==0.17.1", "onnx==1.23.2", "numpy==2.4.6"),
