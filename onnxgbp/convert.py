@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxgbp.activations import Activation
-from onnxgbp.differentiate import differentiate
+from onnxgbp.differentiate import differentiate, refuse_missing
 from onnxgbp.emit import PRIVATE, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.external import copy_beside
@@ -113,6 +113,7 @@ class GradientGraph:
         inputs = wrt_tensors(graph, arguments["wrt"])
         explained = explained_tensor(graph, inputs, arguments["output"])
         found = recognise(graph)
+        refuse_missing(graph, explained.tensor, inputs, found)  # first: behind an unknown operator no shape is known
         op = Emit(graph)
         seed = make_seed(op, explained, target, unit)
         gradients = differentiate(op, explained.tensor, seed.seed, inputs, found)

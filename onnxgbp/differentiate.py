@@ -19,7 +19,7 @@ from onnxgbp.quantisation import REFUSED, carries_integers
 from onnxgbp.step import Step, label
 from onnxgbp.vjps import VJPS, ZERO_GRADIENT, Entry
 
-__all__ = ["Path", "backpropagate", "differentiate", "find_path", "missing_rules"]
+__all__ = ["Path", "backpropagate", "differentiate", "find_path", "missing_rules", "refuse_missing"]
 
 Path = list[ir.Node]
 
@@ -59,6 +59,14 @@ def missing_rules(path: Path, tensor: ir.Value, found: Mapping[ir.Node, Activati
     return missing[::-1]
 
 
+def refuse_missing(
+    graph: ir.Graph, tensor: ir.Value, wrt: Sequence[ir.Value], found: Mapping[ir.Node, Activation]
+) -> None:
+    """Raises the error for the first operator on the path that has no rule."""
+    for node in missing_rules(find_path(graph, tensor, wrt), tensor, found):
+        _entry(Step(node))
+
+
 def differentiate(
     op: Emit,
     tensor: ir.Value,
@@ -81,10 +89,6 @@ def differentiate(
     Raises:
         OnnxgbpError: an operator on the path has no rule, or a tensor of `wrt` does not reach `tensor`.
     """
-    for node in missing_rules(find_path(op.graph, {tensor: seed}, wrt), tensor, found):
-        _entry(
-            Step(node)
-        )  # refused before anything behind it is written: the types behind an unknown operator are not known
     result = backpropagate(op, op.graph, {tensor: seed}, wrt, found)
     for value, gradient in result.items():
         if gradient is None:

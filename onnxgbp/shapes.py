@@ -21,8 +21,14 @@ __all__ = ["infer_shapes"]
 
 Types: TypeAlias = dict[str, onnx.TypeProto]
 
-# Prime sizes, for the batch axis and for any other: small and large, so that no minimum or clamp hides in between.
-_PROBES = (((3, 5, 7, 11), (211, 223, 227, 229)), ((1009, 1013, 1019, 1021), (401, 409, 419, 421)))
+_Probes: TypeAlias = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+
+# Pairs of prime sizes, each for the batch axis and for any other: far apart, so that no clamp hides in between.
+# The second pair is for a length that a table of positions bounds.
+_PROBES: tuple[_Probes, ...] = (
+    (((3, 5, 7, 11), (211, 223, 227, 229)), ((1009, 1013, 1019, 1021), (401, 409, 419, 421))),
+    (((3, 5, 7, 11), (5, 7, 11, 13)), ((1009, 1013, 1019, 1021), (17, 19, 23, 29))),
+)
 
 
 def infer_shapes(model: ir.Model) -> None:
@@ -34,39 +40,53 @@ def infer_shapes(model: ir.Model) -> None:
     for value in graph.initializers.values():
         if value.const_value is not None:
             value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(value.const_value.shape.numpy())
-    sizes = [
-        {name: _prime(number, axis, probe) for number, (name, axis) in enumerate(free.items())} for probe in _PROBES
-    ]
     nodes = [_Node(node) for node in graph]
-    first, known = _propagate(graph, nodes, sizes[0])
-    second, known_too = _propagate(graph, nodes, sizes[1]) if free else (first, known)
     made = [value for node in graph for value in node.outputs if value.name]
-    # Sizes that the model cannot take (a position table fixes the image's size) leave gaps: symbols still tell ranks.
-    gaps = any(value.name not in first or value.name not in second for value in made)
-    symbolic = _propagate(graph, nodes, {})[0] if gaps and free else {}
-    symbols = {(sizes[0][name], sizes[1][name]): name for name in free}
+    runs = []
+    for probes in _PROBES if free else _PROBES[:1]:
+        runs.append(_Run(graph, nodes, free, probes))
+        if not runs[-1].gaps(made):
+            break
+    best = min(runs, key=lambda run: run.gaps(made))
+    # Where neither sizes nor others can be taken, symbols still tell ranks.
+    symbolic = _propagate(graph, nodes, {})[0] if best.gaps(made) and free else {}
     for value in made:
         name = value.name or ""
-        a, b = (first[name], second[name]) if name in first and name in second else (symbolic.get(name),) * 2
+        a, b = (types.get(name) for types in best.types)
+        if a is None or b is None:
+            a = b = symbolic.get(name)
         if a is None or b is None or not a.HasField("tensor_type"):  # ZipMap gives a list of maps
             if not value.is_graph_output():  # an output keeps what the file says, the best there is
                 value.type = value.shape = None
             continue
         value.type = ir.serde.deserialize_type_proto_for_type(a)
         one, two = (ir.serde.deserialize_type_proto_for_shape(t) for t in (a, b))
-        value.shape = _merge(one, two, symbols)
-        if (
-            name in known
-            and name in known_too
-            and known[name].raw_data == known_too[name].raw_data
-            and known[name].raw_data
-        ):
-            value.meta["constant"] = onnx.numpy_helper.to_array(known[name])  # what `constant_value` will find
+        value.shape = _merge(one, two, best.symbols)
+        constants = [known[name].raw_data if name in known else b"" for known in best.known]
+        if constants[0] and constants[0] == constants[1]:
+            value.meta["constant"] = onnx.numpy_helper.to_array(best.known[0][name])  # what `constant_value` will find
+
+
+class _Run:
+    """The types and the known small tensors under two choices of sizes for the free dims."""
+
+    def __init__(self, graph: ir.Graph, nodes: list[_Node], free: dict[str, int], probes: _Probes) -> None:
+        sizes = [{name: _prime(n, axis, probe) for n, (name, axis) in enumerate(free.items())} for probe in probes]
+        results = [_propagate(graph, nodes, chosen) for chosen in (sizes if free else sizes[:1])]
+        self.types = (results[0][0], results[-1][0])
+        self.known = (results[0][1], results[-1][1])
+        self.symbols = {(sizes[0][name], sizes[1][name]): name for name in free}
+
+    def gaps(self, made: list[ir.Value]) -> int:
+        """How many tensors the model cannot make with these sizes."""
+        return sum(any(value.name not in types for types in self.types) for value in made)
 
 
 # Operators for which onnx infers no shape: theirs is that of the first input.
-_UNKNOWN_TO_ONNX = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
+_UNKNOWN_TO_ONNX = frozenset({"GroupNormalization", "MeanVarianceNormalization", "Normalizer", "Scaler"})
 
+# Operators of opset 12 to 15 without inference of their own, and one that has the same.
+_TWINS = {"GreaterOrEqual": "Greater", "LessOrEqual": "Less"}
 
 _POOLS = frozenset({"AveragePool", "LpPool", "MaxPool"})
 
@@ -81,11 +101,12 @@ class _Node:
         graph = self.node.graph
         assert graph is not None  # it came out of one
         self.proto = ir.to_proto(self.node)
+        self.proto.op_type = _TWINS.get(self.node.op_type, self.node.op_type)
         self.opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]
         self.whole_scope = any(attribute.type == onnx.AttributeProto.GRAPH for attribute in self.proto.attribute)
         try:
             version = graph.opset_imports.get(self.node.domain, 1)
-            self.schema: onnx.defs.OpSchema | None = onnx.defs.get_schema(self.node.op_type, version, self.node.domain)
+            self.schema: onnx.defs.OpSchema | None = onnx.defs.get_schema(self.proto.op_type, version, self.node.domain)
         except onnx.defs.SchemaError:
             self.schema = None
 

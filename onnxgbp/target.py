@@ -120,7 +120,7 @@ def explained_tensor(graph: ir.Graph, wrt: Sequence[ir.Value], name: str | None)
     candidates: dict[ir.Value, Explained] = {}
     for output in graph.outputs:
         scores = _behind_squashing(output)
-        if is_float(scores.tensor) and find_path(graph, scores.tensor, wrt):
+        if (scores.tensor.dtype is None or is_float(scores.tensor)) and find_path(graph, scores.tensor, wrt):
             candidates.setdefault(scores.tensor, scores)
     if not candidates:
         raise OnnxgbpError(

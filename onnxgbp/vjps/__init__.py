@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from onnxgbp.vjps import control, elementwise, linear, norm, pool, quantised, recurrent, reduce, sample, shape, signal
+from onnxgbp.vjps import (
+    classic,
+    control,
+    elementwise,
+    linear,
+    norm,
+    pool,
+    quantised,
+    recurrent,
+    reduce,
+    sample,
+    shape,
+    signal,
+)
 from onnxgbp.vjps.entry import Entry
 
 __all__ = ["FAMILIES", "VJPS", "ZERO_GRADIENT", "Entry"]
 
 FAMILIES = {
+    "classic": classic.VJPS,
     "control flow": control.VJPS,
     "elementwise": elementwise.VJPS,
     "linear": linear.VJPS,

@@ -5,6 +5,8 @@ How a convolution's gradient is spelled depends on where it shall run: `lower.py
 
 from __future__ import annotations
 
+import string
+
 import onnx_ir as ir
 
 from onnxgbp.broadcast import unbroadcast
@@ -106,20 +108,41 @@ def _fold_batch(op: Emit, s: Step, gradient: ir.Value, index: int) -> ir.Value:
 def einsum(op: Emit, s: Step, index: int) -> ir.Value:
     """The gradient for one operand is an einsum of dy with the others; an index that it alone had is spread out."""
     equation = str(s.argument("equation")).replace(" ", "")
+    if "..." in equation:
+        equation = _without_ellipsis(s, equation)
     left, arrow, result = equation.partition("->")
     terms = left.split(",")
     if not arrow:
         letters = sorted(letter for letter in set(left) - {","} if left.count(letter) == 1)
         result = "".join(letters)
     mine = terms[index]
-    if "." in equation or any(len(set(term)) != len(term) for term in [*terms, result]):
-        raise s.refuse(f"its equation '{equation}' has an ellipsis or a repeated index within one operand")
+    if any(len(set(term)) != len(term) for term in [*terms, result]):
+        raise s.refuse(f"its equation '{equation}' has a repeated index within one operand")
     others = [term for i, term in enumerate(terms) if i != index]
     operands = [s.input(i) for i in range(len(terms)) if i != index]
     found = "".join(letter for letter in mine if letter in result or any(letter in term for term in others))
     gradient = op.Einsum(s.dy, *operands, equation=f"{','.join([result, *others])}->{found}")
     lonely = [axis for axis, letter in enumerate(mine) if letter not in found]
     return op.Expand(op.Unsqueeze(gradient, axes=lonely), op.shape(s.input(index))) if lonely else gradient
+
+
+def _without_ellipsis(s: Step, equation: str) -> str:
+    """The equation with letters for the dims that '...' stands for, which must be the same in each operand."""
+    left, arrow, result = equation.partition("->")
+    terms, fresh = left.split(","), [letter for letter in string.ascii_letters if letter not in equation]
+    stands_for = [s.rank(s.input(i)) - len(term.replace("...", "")) for i, term in enumerate(terms) if "..." in term]
+    dims = [
+        (dims_of(s.input(i)) or ())[term.index("...") :][: stands_for[0]]
+        for i, term in enumerate(terms)
+        if "..." in term
+    ]
+    if len(set(stands_for)) != 1 or len(set(dims)) != 1:
+        raise s.refuse(f"the dims behind '...' of its equation '{equation}' are broadcast, for which there is no rule")
+    letters = "".join(fresh[: stands_for[0]])
+    if not arrow:  # the dims of '...' come first, then each letter that stands once
+        once = sorted(letter for letter in set(left) - set(",.") if left.count(letter) == 1)
+        result = "..." + "".join(once)
+    return f"{left}->{result}".replace("...", letters)
 
 
 VJPS = {

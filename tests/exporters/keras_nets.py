@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 import tf2onnx
 from common import CLASSES, image, main, targets, weights
-from keras import Layer, Model, layers, ops
+from keras import Layer, Model, layers
 
 Rule = Callable[[Layer], Layer]
 
@@ -77,13 +77,19 @@ def silu_gate(x: tf.Tensor, act: Rule) -> tf.Tensor:
 
 
 def transformer(x: tf.Tensor, act: Rule) -> tf.Tensor:
-    """Patches, attention, LayerNorm, GELU by erf."""
+    """Patches, attention, LayerNorm, GELU by tanh."""
     x = layers.Reshape((-1, 16))(layers.Conv2D(16, 4, strides=4)(x))
     y = layers.LayerNormalization(epsilon=1e-6)(x)
     x = x + layers.MultiHeadAttention(2, 8)(y, y)
     y = layers.Dense(32)(layers.LayerNormalization(epsilon=1e-6)(x))
-    x = x + layers.Dense(16)(act(layers.Activation("gelu"))(y))
+    x = x + layers.Dense(16)(act(layers.Activation(functools.partial(keras.activations.gelu, approximate=True)))(y))
     return layers.Dense(CLASSES)(layers.GlobalAveragePooling1D()(x))
+
+
+def gelu(x: tf.Tensor, act: Rule) -> tf.Tensor:
+    """GELU by erf, Keras' default."""
+    x = act(layers.Activation("gelu"))(layers.Conv2D(8, 3, strides=2)(x))
+    return layers.Dense(CLASSES)(layers.GlobalAveragePooling2D()(x))
 
 
 def perceptron(x: tf.Tensor, act: Rule) -> tf.Tensor:
@@ -154,6 +160,7 @@ NETS = {
     "silu_gate_tf2onnx17": (silu_gate, (16, 16, 3), 17, True),
     "transformer_keras": (transformer, (16, 16, 3), None, False),
     "transformer_tf2onnx18": (transformer, (16, 16, 3), 18, False),
+    "gelu_keras": (gelu, (16, 16, 3), None, False),
     "perceptron_keras": (perceptron, (20,), None, True),
     "perceptron_tf2onnx13": (perceptron, (20,), 13, True),
     "recurrent_keras": (recurrent, (7, 6), None, False),

@@ -60,8 +60,11 @@ class Mobile(Net):
         return self.head(paddle.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
-class Leaky(Net):
-    """LeakyReLU, PReLU with a slope per channel, ELU, mish, dilated and transposed convolutions."""
+class Slopes(Net):
+    """PReLU with a slope per channel, ELU, mish, dilated and transposed convolutions.
+
+    No LeakyReLU: this paddle2onnx writes uninitialised memory as its slope, another one each time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,9 +74,8 @@ class Leaky(Net):
         self.last, self.head = nn.Conv2D(6, 8, 3, stride=2), nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(F.leaky_relu, self.norm(self.stem(x)))
-        x = self.act(self.prelu, self.wide(x))
-        x = self.act(F.mish, self.last(self.act(F.elu, self.up(x))))
+        x = self.act(self.prelu, self.norm(self.stem(x)))
+        x = self.act(F.mish, self.last(self.act(F.elu, self.up(self.wide(x)))))
         return self.head(x.max(axis=[2, 3]))
 
 
@@ -158,8 +160,6 @@ def export(make: type[Net], shape: tuple[int, ...], opset: int, path: Path) -> d
     x, target = image(make.__name__, *shape), targets()
     arrays = {"x": x, "target": target, "output": net(paddle.to_tensor(x)).numpy()}
     net.logits = True
-    if make is Recurrent:
-        net.train()  # Paddle keeps what an LSTM's gradient needs in training mode alone, and nothing here drops out
     for name in ("gradient", "guided"):
         net.guided = name == "guided"
         fed = paddle.to_tensor(x, stop_gradient=False)
@@ -167,7 +167,6 @@ def export(make: type[Net], shape: tuple[int, ...], opset: int, path: Path) -> d
         picked.backward()  # paddle.grad, which would leave out the weights, fails for an LSTM
         arrays[name] = fed.grad.numpy()
     net.guided = net.logits = False
-    net.eval()
     spec = [paddle.static.InputSpec([None, *shape], "float32", "x")]
     paddle.onnx.export(net, str(path.with_suffix("")), input_spec=spec, opset_version=opset)
     if not path.exists():
@@ -179,7 +178,7 @@ NETS = {
     "relu": (Relu, (3, 19, 19), 13),
     "relu_opset11": (Relu, (3, 19, 19), 11),
     "mobile": (Mobile, (3, 16, 16), 14),
-    "leaky": (Leaky, (3, 12, 12), 16),
+    "slopes": (Slopes, (3, 12, 12), 16),
     "silu_gate": (SiluGate, (3, 16, 16), 15),
     "transformer": (Transformer, (3, 16, 16), 17),
     "perceptron": (Perceptron, (20,), 13),
