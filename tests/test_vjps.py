@@ -87,7 +87,7 @@ NOT_RUN = {
         "refused: no rule for cubic sampling, reflection or volumes",
     ),
     "test_stft": "the case itself declares another number of bins than onnx infers; tests/test_sampling.py has STFT",
-    "test_stft_with_window": "the window is fed, so not known before the run; tests/test_sampling.py has a constant one",
+    "test_stft_with_window": "the window is fed, not known before the run; tests/test_sampling.py has a constant one",
     "test_einsum_batch_diagonal": "refused: no rule for an index that repeats within one operand",
     "test_maxunpool_export_with_output_shape": "refused: onnx infers no rank for an output whose shape is fed",
     "test_mvn": "the standard's function body knows float32 alone",
