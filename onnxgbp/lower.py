@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgbp.branches import detach
+from onnxgbp.constants import is_constant
 from onnxgbp.emit import PRIVATE, Emit, Operand
 from onnxgbp.scan import unroll_scans
 from onnxgbp.window import Window
@@ -237,7 +238,7 @@ def untie_weights(op: Emit) -> None:
         if node.meta.get("forward") or node.op_type not in ("ConvTranspose", "Gemm", "MatMul", "Transpose"):
             continue
         for index, value in enumerate(node.inputs):
-            if value is None or not value.is_initializer() or len(set(value.consumers())) < 2:
+            if value is None or not (value.is_initializer() or is_constant(value)) or len(set(value.consumers())) < 2:
                 continue
             twice = op.Neg(op.Neg(value))
             twice.shape, twice.type = value.shape, value.type

@@ -61,10 +61,7 @@ class Mobile(Net):
 
 
 class Slopes(Net):
-    """PReLU with a slope per channel, ELU, mish, dilated and transposed convolutions.
-
-    No LeakyReLU: this paddle2onnx writes uninitialised memory as its slope, another one each time.
-    """
+    """PReLU with a slope per channel, ELU, mish, dilated and transposed convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,6 +74,19 @@ class Slopes(Net):
         x = self.act(self.prelu, self.norm(self.stem(x)))
         x = self.act(F.mish, self.last(self.act(F.elu, self.up(self.wide(x)))))
         return self.head(x.max(axis=[2, 3]))
+
+
+class Leaky(Net):
+    """LeakyReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2D(3, 8, 3, stride=2), nn.BatchNorm2D(8)
+        self.last, self.head = nn.Conv2D(8, 8, 3), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(functools.partial(F.leaky_relu, negative_slope=0.2), self.norm(self.stem(x)))
+        return self.head(self.act(F.leaky_relu, self.last(x)).mean([2, 3]))
 
 
 class SiluGate(Net):
@@ -160,6 +170,8 @@ def export(make: type[Net], shape: tuple[int, ...], opset: int, path: Path) -> d
     x, target = image(make.__name__, *shape), targets()
     arrays = {"x": x, "target": target, "output": net(paddle.to_tensor(x)).numpy()}
     net.logits = True
+    if make is Recurrent:
+        net.train()  # Paddle keeps what an LSTM's gradient needs in training mode alone, and nothing here drops out
     for name in ("gradient", "guided"):
         net.guided = name == "guided"
         fed = paddle.to_tensor(x, stop_gradient=False)
@@ -167,6 +179,7 @@ def export(make: type[Net], shape: tuple[int, ...], opset: int, path: Path) -> d
         picked.backward()  # paddle.grad, which would leave out the weights, fails for an LSTM
         arrays[name] = fed.grad.numpy()
     net.guided = net.logits = False
+    net.eval()
     spec = [paddle.static.InputSpec([None, *shape], "float32", "x")]
     paddle.onnx.export(net, str(path.with_suffix("")), input_spec=spec, opset_version=opset)
     if not path.exists():
@@ -184,6 +197,10 @@ NETS = {
     "perceptron": (Perceptron, (20,), 13),
     "recurrent": (Recurrent, (7, 6), 14),
 }
+
+if paddle.__version__.startswith("2."):
+    # paddle2onnx 2.1 for Paddle 3 writes uninitialised memory as the slope, another one each time.
+    NETS["leaky"] = (Leaky, (3, 16, 16), 15)
 
 if __name__ == "__main__":
     main({name: functools.partial(export, *arguments) for name, arguments in NETS.items()})

@@ -72,6 +72,18 @@ EXPORTERS = {
             "setuptools==75.8.0",
         ),
     ),
+    "paddle2": Exporter(
+        "paddle_nets.py",
+        (
+            "paddlepaddle==2.6.2",
+            "paddle2onnx==1.3.1",
+            "onnx==1.16.2",
+            "numpy==1.26.4",
+            "protobuf==3.20.3",
+            "setuptools==75.8.0",
+        ),
+        ("3.10", "3.11", "3.12"),
+    ),
     "keras": Exporter(
         "keras_nets.py",
         ("tensorflow-cpu==2.21.0", "keras==3.15.1", "tf2onnx==1.17.0", "onnx==1.23.2", "numpy==2.4.6"),
