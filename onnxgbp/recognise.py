@@ -116,6 +116,8 @@ def _name_clip(bounds: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def _activation(kind: str, node: ir.Node, x: ir.Value, arguments: dict[str, Any], spelled: str) -> Activation:
     between_0_and_1 = kind == "Clip" and arguments == {"min": 0.0, "max": 1.0}  # a HardSigmoid's second half
     gate = _gate(node.outputs[0]) if kind in _GATES or between_0_and_1 else None
+    if node.op_type in ("Clip", "Max") and _under_root(node.outputs[0]):
+        gate = "it only keeps what stands under a root from being negative"
     return Activation(kind, node, x, node.outputs[0], arguments, spelled, gate)
 
 
@@ -129,6 +131,17 @@ def _gate(y: ir.Value) -> str | None:
         elif user.domain == "" and user.op_type in _TRANSPARENT and (reason := _gate(user.outputs[0])):
             return reason
     return None
+
+
+def _under_root(y: ir.Value) -> bool:
+    """Whether y serves a square root alone, as the clamp of a variance does in a normalisation written in parts."""
+    users = y.consumers()
+    for user in users:
+        constants = [value for v in user.inputs if (value := constant_value(v)) is not None]
+        root = user.op_type == "Sqrt" or (user.op_type == "Pow" and any(np.all(np.abs(c) == 0.5) for c in constants))
+        if not root and not (user.op_type == "Add" and constants and _under_root(user.outputs[0])):
+            return False
+    return bool(users)
 
 
 def _hidden(root: ir.Node, group: set[ir.Node]) -> set[ir.Node]:
@@ -249,7 +262,9 @@ def _match(
             continue
         with np.errstate(all="ignore"):
             wanted = formula(_GRID, **arguments)
-        if np.all(np.abs(y - wanted) <= _tolerance(x) * (1 + np.abs(wanted))):
+        # Bounds are exact, or an epsilon behind one would pass for a part of it.
+        tolerance = 0.0 if kind in ("Relu", "Relu6", "Clip") else _tolerance(x)
+        if np.all(np.abs(y - wanted) <= tolerance * (1 + np.abs(wanted))):
             return kind, arguments
     return None
 

@@ -719,6 +719,27 @@ def test_a_kink_is_no_relu(alone: str) -> None:
     assert all(choice.rule == "gradient" for choice in graph.choices(activations="relu").values())
 
 
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-6, 1e-12])
+def test_the_clamp_of_a_variance_is_no_relu(epsilon: float) -> None:
+    """Flax keeps a variance from being negative before its root: plain, whatever the epsilon, and listed as such."""
+    nodes = [
+        node("Max", ["x", "zero"], ["clamped"], name="clamp"),
+        node("Add", ["clamped", "epsilon"], ["safe"]),
+        node("Sqrt", ["safe"], ["y"]),
+    ]
+    model = _spelled((nodes, {"zero": f32(0), "epsilon": f32(epsilon)}, 17))
+    (choice,) = onnxgbp.GradientGraph.build(onnxgbp.load(model), target="seed").choices().values()
+    assert (choice.name, choice.rule) == ("clamp", "gradient")
+    assert "root" in choice.reason
+
+
+def test_an_epsilon_behind_a_relu_is_no_part_of_it() -> None:
+    nodes = [node("Max", ["x", "zero"], ["r"], name="relu"), node("Add", ["r", "epsilon"], ["y"])]
+    model = _spelled((nodes, {"zero": f32(0), "epsilon": f32(1e-7)}, 17))
+    (choice,) = onnxgbp.GradientGraph.build(onnxgbp.load(model), target="seed").choices().values()
+    assert (choice.name, choice.activation.kind, choice.rule) == ("relu", "Relu", "guided")
+
+
 def test_the_parts_of_a_group_that_others_read_stay_activations() -> None:
     """SiLU whose sigmoid is read again: the group is one activation, the sigmoid for its other reader another."""
     nodes = [
