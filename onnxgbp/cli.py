@@ -14,7 +14,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.lower import PROFILES
 from onnxgbp.model import load
 from onnxgbp.rules import RULES
-from onnxgbp.target import parse_target, parse_unit
+from onnxgbp.target import parse_class, parse_target, parse_unit
 
 __all__ = ["main"]
 
@@ -27,6 +27,10 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except OnnxgbpError as error:
             raise click.ClickException(str(error)) from None
+        except BrokenPipeError:
+            raise  # click ends quietly when nobody reads on
+        except OSError as error:  # a full disk behind stdout
+            raise click.ClickException(f"cannot print: {error.strerror}") from None
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -130,7 +134,14 @@ def convert(model: Path, out: Path, **options: Any) -> None:
     help="The folder for pictures, arrays and manifest.json.",
 )
 @_what
-@click.option("--target", type=int, metavar="INT", help="The class to explain.  [default: the strongest of each image]")
+@click.option(
+    "--target",
+    default="argmax",
+    show_default=True,
+    metavar="argmax|INT",
+    callback=_parsed(parse_class),
+    help="The class to explain.",
+)
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--size", type=click.IntRange(1), help="Resize the shorter side to this.")
 @click.option("--crop", type=click.IntRange(1), help="Then cut this square out of the centre.")

@@ -177,13 +177,17 @@ class GradientGraph:
         """
         model = self._finished(method, [rule] if isinstance(rule, str) else list(rule), activations, profile)
         initializers = model.graph.initializers
+        if self.source.path is not None and Path(path).exists() and Path(path).samefile(self.source.path):
+            raise OnnxgbpError(f"cannot write {path}: it is the model itself; choose another name")
         large = [value for value in initializers.values() if is_large(value.const_value)]
         for value in large:
             del initializers[value.name or ""]
         skeleton = to_proto(model, self.source)
         copy_beside(skeleton, Path(path), self.source.path.parent if self.source.path else None)
         stream(skeleton, large, Path(path))
-        return describe(skeleton)
+        choices = self.choices(method=method, rule=rule, activations=activations).values()
+        plain = sum(choice.rule == "gradient" for choice in choices)
+        return f"{describe(skeleton)}; {len(choices)} activations, {plain} of them plain"
 
     def _finished(
         self, method: str, rules: list[str | tuple[str, str]], activations: str | Sequence[str], profile: str
@@ -221,7 +225,9 @@ def describe(converted: onnx.ModelProto) -> str:
     wrt = ", ".join(f"'{name}'" for name in json.loads(said["wrt"]))
     unit = f"unit {said['unit']}" if "unit" in said else f"target {said['target']}"
     behind = f", {said['stripped']}" if "stripped" in said else ""
-    return f"{said['method']} of '{said['explained']}' ({unit}) with respect to {wrt}{behind}"
+    others = [rule for rule in json.loads(said["rules"]) if rule != f"*={said['method']}"]
+    mixed = f", with {', '.join(others)}," if others else ""
+    return f"{said['method']}{mixed} of '{said['explained']}' ({unit}) with respect to {wrt}{behind}"
 
 
 def _large_last(graph: ir.Graph) -> None:

@@ -149,7 +149,9 @@ def _model_and_images(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
             images.append(path)
             continue
         try:
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside = sorted(
+                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and not _is_ours(p)
+            )
         except OSError as error:
             raise OnnxgbpError(f"cannot read {path}: {error.strerror}") from None
         if not inside:
@@ -163,6 +165,11 @@ def _model_and_images(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
             "or name a model: onnxgbp explain MODEL.onnx IMAGE..."
         )
     return model, images
+
+
+def _is_ours(path: Path) -> bool:
+    """A picture of an earlier run into the same folder."""
+    return path.name.endswith((".attribution.png", ".overlay.png"))
 
 
 def _make_folder(out: Path) -> None:

@@ -21,9 +21,15 @@ def write(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def output_file(path: Path) -> Iterator[Path]:
-    """A file to write aside; on success it is moved to `path`, on failure nothing is left."""
+    """A file to write aside; on success it is moved to `path`, on failure nothing is left.
+
+    A link is followed, so that what it names is written and the link stays.
+    """
     aside: Path | None = None
     try:
+        path = path.resolve()
+        if path.exists() and not path.is_file():
+            raise OnnxgbpError(f"cannot write {path}: it is there already and no regular file")
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
         aside = Path(name)
         with os.fdopen(handle):

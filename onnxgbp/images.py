@@ -151,10 +151,14 @@ def read(path: Path) -> Image.Image:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("I", "F"):  # numbers without a known range: converting would clip them to black or white
+                raise OnnxgbpError(f"cannot read {path}: its pixels have 32 bits; save it with 8 or 16 bits")
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
+    except OnnxgbpError:
+        raise
     except UnidentifiedImageError:
         raise OnnxgbpError(f"cannot read {path}: not an image, or of an unknown kind") from None
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise many kinds for a damaged file

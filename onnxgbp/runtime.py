@@ -88,12 +88,15 @@ class Explanation:
         the model ends in a softmax); of an inner tensor, the model's first float output.
     target: int64 [N], the class (or channel) that was explained for each sample.
     outputs: every output of the model by name.
+    warning: what a reader has to know of the attribution (a sample of nothing but zeros, numbers that are not finite),
+        or ''.
     """
 
     attribution: Any  # an array nearly always: no caller should have to tell a type checker so
     scores: Array
     target: npt.NDArray[np.int64]
     outputs: dict[str, Any]
+    warning: str = ""
 
 
 class Explainer:
@@ -227,7 +230,7 @@ class Explainer:
             samples = len(scores) if scores.ndim else len(chosen)
             if len(chosen) != samples or (np.ndim(target) and len(targets) != samples):  # type: ignore[arg-type]
                 raise OnnxgbpError(_wrong_length(targets, samples))
-        return Explanation(attribution, scores, chosen, outputs)
+        return Explanation(attribution, scores, chosen, outputs, _warning(attributions))
 
     def check_target(self, target: Target, count: int | None = None) -> npt.NDArray[np.int64]:
         """The target of each of `count` samples, int64 [count], -1 for the strongest class.
@@ -298,6 +301,19 @@ class Explainer:
             last = "" if self.classes is None else f": the model has {self.classes} classes, 0 to {self.classes - 1}"
             raise OnnxgbpError(f"target {targets[wrong][0]} is out of range{last or '; it counts from 0'}")
         return targets
+
+
+def _warning(attributions: Sequence[Array]) -> str:
+    """Which samples have a blank or a broken map."""
+    rows = [np.asarray(a).reshape(len(a), -1) for a in attributions if np.ndim(a) and len(a)]
+    blank = sorted({int(i) for row in rows for i in np.flatnonzero(~row.any(axis=1))})
+    broken = sorted({int(i) for row in rows for i in np.flatnonzero(~np.isfinite(row).all(axis=1))})
+    said = []
+    if blank:
+        said.append(f"nothing but zeros for samples {blank}: an inactive unit behind a ReLU, or a saturated one?")
+    if broken:
+        said.append(f"numbers that are not finite for samples {broken}")
+    return "; ".join(said)
 
 
 def _wrong_length(given: Array, count: int | None) -> str:

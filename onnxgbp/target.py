@@ -13,7 +13,16 @@ from onnxgbp.emit import Emit, dims_of, is_float
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.step import label
 
-__all__ = ["Explained", "Seed", "explained_tensor", "make_seed", "parse_target", "parse_unit", "wrt_tensors"]
+__all__ = [
+    "Explained",
+    "Seed",
+    "explained_tensor",
+    "make_seed",
+    "parse_class",
+    "parse_target",
+    "parse_unit",
+    "wrt_tensors",
+]
 
 _SQUASHING = frozenset({"Softmax", "LogSoftmax", "Sigmoid"})
 _CARRIES_SCORES = frozenset(
@@ -56,6 +65,18 @@ def parse_target(target: str | int) -> str | int:
         raise OnnxgbpError(f"target '{target}' is none of argmax, input, seed or a class index") from None
 
 
+def parse_class(target: str | int) -> int | None:
+    """`argmax` (None) or a class index, for a command that runs the model itself.
+
+    Raises:
+        OnnxgbpError: anything else.
+    """
+    parsed = parse_target(target)
+    if parsed in ("input", "seed"):
+        raise OnnxgbpError(f"target '{parsed}' is for a converted file that others feed; give argmax or a class index")
+    return None if isinstance(parsed, str) else parsed
+
+
 def parse_unit(unit: str | int | Sequence[int] | None) -> tuple[int, ...] | None:
     """Indices into the axes behind the batch: `3` is channel 3, `3,7,7` one position of it.
 
@@ -74,8 +95,11 @@ def parse_unit(unit: str | int | Sequence[int] | None) -> tuple[int, ...] | None
 def find_tensor(graph: ir.Graph, name: str, option: str) -> ir.Value:
     """A float tensor of the graph by name."""
     values = {value.name: value for value in (*graph.inputs, *(v for node in graph for v in node.outputs))}
+    if name in graph.initializers and name not in values:
+        raise OnnxgbpError(f"{option}: '{name}' is a weight of the model; name an input or an inner tensor")
     if name not in values:
-        raise OnnxgbpError(f"{option}: the model has no tensor '{name}'; its outputs are {_names(graph.outputs)}")
+        ends, which = (graph.outputs, "outputs") if option == "--output" else (graph.inputs, "inputs")
+        raise OnnxgbpError(f"{option}: the model has no tensor '{name}'; its {which} are {_names(ends)}")
     if not is_float(values[name]):
         raise OnnxgbpError(f"{option}: tensor '{name}' is not of a float type, so it has no gradient")
     return values[name]

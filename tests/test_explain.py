@@ -258,3 +258,18 @@ def test_the_default_network_sees_the_cat(squeezenet: Path, photo: Path, tmp_pat
     # The rows and columns of the cat's left eye stand out: by 3.0 with guided, by 1.5 with the other two methods.
     magnitude = np.abs(np.load(tmp_path / "out" / "chelsea.attribution.npy")).sum(axis=0)
     assert magnitude[55:110, 35:95].mean() > 2.5 * magnitude.mean()
+
+
+def test_target_argmax_is_the_default_and_input_is_for_others(tmp_path: Path) -> None:
+    model, image = tiny(tmp_path / "net.onnx"), picture(tmp_path / "a.png")
+    assert run(model, image, "-o", tmp_path / "out", "--target", "argmax").exit_code == 0
+    assert run(model, image, "-o", tmp_path / "out", "--target", "input").exit_code == 2
+
+
+def test_pictures_of_an_earlier_run_are_not_explained(tmp_path: Path) -> None:
+    model, folder = tiny(tmp_path / "net.onnx"), tmp_path / "photos"
+    folder.mkdir()
+    picture(folder / "a.png")
+    for _ in range(2):
+        assert run(model, folder, "-o", folder).exit_code == 0
+    assert [entry["file"] for entry in manifest(folder)["images"]] == [str(folder / "a.png")]

@@ -164,3 +164,11 @@ def test_unreadable_images(tmp_path: Path) -> None:
         with pytest.raises(OnnxgbpError, match=f"cannot read .*{name}: ") as caught:
             read(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_without_a_known_range_are_refused(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "deep.tiff"
+    Image.new(mode, (4, 4)).save(path)
+    with pytest.raises(OnnxgbpError, match="32 bits"):
+        read(path)

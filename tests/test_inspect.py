@@ -221,8 +221,8 @@ def test_a_converted_file_tells_what_it_holds(plain: Path) -> None:
     assert found["recorded"]["method"] == "deconvnet"
     assert found["recorded"]["rules"] == ["relu*=guided", "*=deconvnet"]
     assert found["recorded"]["target"] == "2"
-    assert found["holds"].startswith("deconvnet of 'y' (target 2) with respect to 'x'")
-    assert "deconvnet of 'y'" in CliRunner().invoke(main, ["inspect", str(out)]).stdout
+    assert found["holds"].startswith("deconvnet, with relu*=guided, of 'y' (target 2) with respect to 'x'")
+    assert "guided, of 'y'" in CliRunner().invoke(main, ["inspect", str(out)]).stdout
 
 
 def test_inspect_agrees_with_convert(plain: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -440,3 +441,30 @@ def test_a_proto_without_a_graph(method: str) -> None:
     with pytest.raises(onnxgbp.OnnxgbpError) as caught:
         getattr(onnxgbp, method)(ModelProto())
     assert "\n" not in str(caught.value)
+
+
+def test_output_is_the_model_itself(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    path.write_bytes(linear().SerializeToString())
+    assert "the model itself" in refused(tmp_path, path, out=path)
+    assert path.read_bytes() == linear().SerializeToString()
+
+
+def test_output_is_no_regular_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "no regular file" in refused(tmp_path, linear(), out=pipe)
+    assert pipe.is_fifo()
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    real, link = tmp_path / "elsewhere" / "real.onnx", tmp_path / "link.onnx"
+    link.symlink_to(real)
+    onnxgbp.save(onnxgbp.convert(linear()), link)
+    assert link.is_symlink()
+    assert onnx.load(real) == onnxgbp.convert(linear())
+
+
+def test_a_weight_is_no_tensor_to_explain(tmp_path: Path) -> None:
+    assert "is a weight" in refused(tmp_path, linear(), "--wrt", "w")

@@ -357,3 +357,13 @@ def test_import_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert {"Explainer", "Explanation"} <= set(onnxgbp.__all__)
+
+
+def test_a_blank_map_is_said(mlp: onnx.ModelProto) -> None:
+    explainer = Explainer(mlp, output="r", unit=(0,))
+    x = np.stack([W1[:, 0], -W1[:, 0]]).astype(np.float32)  # the unit's own weights, so that it is active, then not
+    result = explainer(x)
+    assert result.attribution[0].any()
+    assert not result.attribution[1].any()
+    assert "zeros for samples [1]" in result.warning
+    assert explainer(x[:1]).warning == ""
