@@ -167,6 +167,8 @@ def average_pool_grad(op: Emit, node: ir.Node) -> ir.Value:
     dy, x, y = _operands(node)
     geometry: Window = node.meta["window"]
     share = op.Div(dy, _window_counts(op, x, y, geometry, node.meta["count_include_pad"]))
+    if geometry.whole:
+        return op.expand_like(op.typed(share, dy), x)
     return op.private("SumPoolGrad", share, x, like=x, window=geometry)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import operator
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxgbp.differentiate import find_path
@@ -241,8 +242,12 @@ def _one_class(op: Emit, tensor: ir.Value, target: str | int) -> Seed:
     dims = dims_of(tensor) or ()
     classes, trivial = dims[1], [1] * (len(dims) - 2)
     column = [-1, 1, *trivial]  # the shape [N, 1, ...] of one class per sample
-    strongest = op.ArgMax(tensor, axis=1, keepdims=0) if not trivial else op.Reshape(op.ArgMax(tensor, axis=1), [-1])
     given = None
+    if isinstance(target, int) and isinstance(classes, int) and 0 <= target < classes:
+        row = op.like(np.eye(1, classes, target).reshape(1, classes, *trivial), tensor)
+        seed = op.typed(op.Expand(row, op.shape(tensor)), tensor)
+        return Seed(seed, _strongest(op, seed))
+    strongest = _strongest(op, tensor)
     if target == "argmax":
         chosen = strongest
     elif target == "input":
@@ -261,8 +266,16 @@ def _one_class(op: Emit, tensor: ir.Value, target: str | int) -> Seed:
         # Below -1 an index would count from the end, so it is sent out of range too.
         count = op.dim(tensor, 1)
         safe = op.Where(op.Less(chosen, op.int64(0)), count, chosen)
-        chosen = op.Gather(op.Reshape(op.positions(tensor, 1), [-1]), safe, axis=0)
+        static = op.int64(list(range(classes))) if isinstance(classes, int) else None
+        chosen = op.Gather(op.Reshape(op.positions(tensor, 1), [-1]) if static is None else static, safe, axis=0)
     return Seed(seed, chosen, given)
+
+
+def _strongest(op: Emit, scores: ir.Value) -> ir.Value:
+    """The class with the highest score of each sample, int64 [N]."""
+    if len(dims_of(scores) or ()) == 2:
+        return op.ArgMax(scores, axis=1, keepdims=0)
+    return op.Reshape(op.ArgMax(scores, axis=1), [-1])
 
 
 def _last(classes: int | str | None) -> str:

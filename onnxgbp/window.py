@@ -41,6 +41,13 @@ class Window:
     def static(self) -> bool:
         return self.pads is not None and all(isinstance(dim, int) for dim in (*self.size, *self.out))
 
+    @property
+    def whole(self) -> bool:
+        """One window that is the whole input, as in a global pool."""
+        return (
+            self.static and not any(self.pads or ()) and tuple(self.kernel) == self.size and set(self.dilations) == {1}
+        )
+
     def span(self, axis: int) -> int:
         """How many padded elements the windows of a static dim cover together."""
         out = self.out[axis]
