@@ -177,3 +177,8 @@ ACTIVATIONS: dict[str, Derivative] = {
 # f' < 0 for some x: a positive dy can leave negative, which the audit says.
 NOT_MONOTONE = frozenset({"HardSwish", "Gelu", "GeluTanh", "Swish", "Mish"})
 RELU_KINDS = frozenset({"Relu", "Relu6", "QuantizedRelu"})
+# Like a ReLU, though none: near x for large x, small or flat below 0. The rule as-relu takes them for one.
+RELU_LIKE = frozenset(
+    {"LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "ThresholdedRelu", "Softplus", "HardSwish"}
+    | {"Gelu", "GeluTanh", "Swish", "Mish"}
+)

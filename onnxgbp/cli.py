@@ -13,8 +13,8 @@ from onnxgbp.convert import GradientGraph
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.lower import PROFILES
 from onnxgbp.model import load
-from onnxgbp.rules import RULES
-from onnxgbp.target import parse_class, parse_target, parse_unit
+from onnxgbp.rules import RULES, parse_method, parse_methods
+from onnxgbp.target import SEEDS, parse_class, parse_target, parse_unit
 
 __all__ = ["main"]
 
@@ -65,19 +65,29 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for scr
 _what = _options(
     click.option(
         "--method",
-        type=click.Choice(list(RULES)),
         default="guided",
         show_default=True,
-        help="The rule at every activation.",
+        metavar="|".join(RULES),
+        callback=_parsed(parse_method),
+        help="The rule at every activation; rectgrad:95 sets its percentile.",
     ),
     click.option(
-        "--output", metavar="TENSOR", help="The tensor to explain.  [default: the scores before a last softmax]"
+        "--output",
+        metavar="TENSOR",
+        help="The tensor, or node, to explain.  [default: the scores before a last softmax]",
     ),
     click.option(
         "--unit",
-        metavar="I,J,...",
+        metavar="I,J,...|max",
         callback=_parsed(parse_unit),
-        help="Of an inner tensor: channel, or channel and position.",
+        help="Of an inner tensor: channel, or channel and position; a slice 3:6 for its sum, max for the strongest.",
+    ),
+    click.option(
+        "--seed",
+        type=click.Choice(SEEDS),
+        default="one",
+        show_default=True,
+        help="What is sent back from the target: 1, or its own activation.",
     ),
     click.option(
         "--wrt", multiple=True, metavar="TENSOR", help="Attribute to this tensor.  [default: every float input]"
@@ -86,7 +96,7 @@ _what = _options(
         "--rule",
         multiple=True,
         metavar="PATTERN=RULE",
-        help="Another rule for the nodes with such names; first match wins.",
+        help="Another rule for some nodes, first match wins: 'layer4*=guided', 'type:Clip=gradient', 'depth:<5=...'.",
     ),
     click.option(
         "--activations",
@@ -100,9 +110,9 @@ _target = click.option(
     "--target",
     default="argmax",
     show_default=True,
-    metavar="argmax|input|seed|INT",
+    metavar="argmax|topK|input|inputK|seed|CLASS",
     callback=_parsed(parse_target),
-    help="The class to explain; input and seed are fed when the model runs.",
+    help="The class to explain, an index or a name; topK for the K best; input and seed are fed when the model runs.",
 )
 
 
@@ -112,6 +122,13 @@ _target = click.option(
 @_what
 @_target
 @click.option(
+    "--methods",
+    metavar="METHOD,...",
+    default=None,
+    callback=_parsed(lambda names: parse_methods("guided", names) if names else ()),
+    help="Several methods, one output attribution_METHOD each, over one forward pass.",
+)
+@click.option(
     "--profile",
     type=click.Choice(PROFILES),
     default="ort",
@@ -120,8 +137,9 @@ _target = click.option(
 )
 def convert(model: Path, out: Path, **options: Any) -> None:
     """Writes MODEL together with its attribution as one plain ONNX file."""
-    aim = {name: options.pop(name) for name in ("target", "output", "unit", "wrt")}
-    click.echo(f"{out}: {GradientGraph.build(load(model), **aim).save(out, **options)}")
+    aim = {name: options.pop(name) for name in ("target", "output", "unit", "seed", "wrt")}
+    graph = GradientGraph.build(load(model), **aim, sweeps=len(options["methods"]) or 1)
+    click.echo(f"{out}: {graph.save(out, **options)}")
 
 
 @main.command()
@@ -138,9 +156,9 @@ def convert(model: Path, out: Path, **options: Any) -> None:
     "--target",
     default="argmax",
     show_default=True,
-    metavar="argmax|INT",
+    metavar="argmax|CLASS",
     callback=_parsed(parse_class),
-    help="The class to explain.",
+    help="The class to explain, an index or a name.",
 )
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--size", type=click.IntRange(1), help="Resize the shorter side to this.")
@@ -159,7 +177,11 @@ def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     from onnxgbp.explain import explain_images  # Pillow and onnxruntime: only here
 
     context = click.get_current_context()
-    for name in ("method", "activations"):  # a converted file says both itself; only what was asked for can contradict
+    for name in (
+        "method",
+        "activations",
+        "seed",
+    ):  # a converted file says both itself; only what was asked for can contradict
         if context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
             options[name] = None
     failed = explain_images(paths, out, echo=click.echo, **options)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,25 @@ from onnxgbp.differentiate import differentiate, refuse_missing
 from onnxgbp.emit import PRIVATE, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.external import copy_beside
-from onnxgbp.lower import PROFILES, lower, prune
+from onnxgbp.labels import labels_of
+from onnxgbp.lower import PROFILES, lower, merge_equal, prune
 from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
 from onnxgbp.recognise import recognise
-from onnxgbp.rules import Choice, choose, install, parse_activations, parse_rules
+from onnxgbp.rules import Choice, audit, choose, depths, install, parse_activations, parse_methods, parse_rules
 from onnxgbp.stream import is_large, stream
-from onnxgbp.target import Explained, explained_tensor, make_seed, parse_target, parse_unit, stripped_text, wrt_tensors
+from onnxgbp.target import (
+    Explained,
+    Seed,
+    explained_tensor,
+    make_seed,
+    parse_seed,
+    parse_target,
+    parse_unit,
+    resolve_target,
+    stripped_text,
+    unit_text,
+    wrt_tensors,
+)
 
 __all__ = ["GradientGraph", "Rules", "convert", "describe"]
 
@@ -34,9 +48,11 @@ def convert(
     model: ModelLike,
     *,
     method: str = "guided",
+    methods: str | Sequence[str] = (),
     target: str | int = "argmax",
     output: str | None = None,
-    unit: str | int | Sequence[int] | None = None,
+    unit: Any = None,
+    seed: str = "one",
     wrt: str | Sequence[str] = (),
     rule: Rules = (),
     activations: str | Sequence[str] = "all",
@@ -47,33 +63,46 @@ def convert(
     The result has the source's inputs (and `target`, int64 [N], -1 for argmax, or `seed`, the shape of the explained
     tensor, where those are asked for), the source's outputs first, then `attribution` (raw and signed, shape and type
     of the explained input; `attribution_<name>` each for several), then `attribution_target` (int64 [N]).
+    With K classes a sample, attributions are [N, K, ...] and `attribution_target` is [N, K]. With several methods there
+    is an `attribution_<method>` for each, over one forward pass.
 
     Args:
         model: a path, or a `ModelProto`.
-        method: the rule at every activation: gradient, deconvnet or guided; formulas and papers stand in `rules.py`.
-        target: what is explained for each sample: argmax, a class index, or input / seed to feed it at run time.
-        output: the tensor to explain; by default the scores before a last softmax or sigmoid.
-        unit: for an inner tensor, the index behind the batch axis: a channel, or a channel and a position.
+        method: the rule at every activation: gradient, deconvnet, guided, as-relu or rectgrad; formulas and papers
+            stand in `rules.py`.
+        methods: several of them, one attribution each, instead of `method`.
+        target: what is explained for each sample: argmax, topK (such as top5), a class by its index or, where the
+            metadata has labels, by its name; or input, inputK, seed to feed it when the model runs.
+        output: the tensor to explain, or the node that makes it; by default the scores before a last softmax or
+            sigmoid.
+        unit: of an inner tensor, the place behind the batch axis: a channel, a channel and a position, a slice (its
+            sum), or max for the strongest unit: 3, '3,7,7', '3:6', '3,max'.
+        seed: one, or activation: the value at the target itself, as deconvnet's authors project a feature map.
         wrt: the tensors to attribute to; by default every float input.
-        rule: (pattern, rule) pairs or 'PATTERN=RULE' strings; the first whose pattern matches a node's name wins
-            over `method`.
+        rule: (pattern, rule) pairs or 'PATTERN=RULE' strings; the first pattern that matches wins over `method`: a glob
+            over node names, `type:` and a glob over operators, or `depth:<5`.
         activations: all, relu, or names: which activations get the rule, the others stay plain.
         profile: ort spells the gradient for ONNX Runtime's speed, portable for every runtime.
 
     Raises:
         OnnxgbpError: the model or an option cannot be used; the message names what, where, and the way out.
     """
-    graph = GradientGraph.build(load(model), target=target, output=output, unit=unit, wrt=wrt)
-    return graph.render(method=method, rule=rule, activations=activations, profile=profile)
+    sweeps = len(parse_methods(method, methods))
+    graph = GradientGraph.build(load(model), target=target, output=output, unit=unit, seed=seed, wrt=wrt, sweeps=sweeps)
+    return graph.render(method=method, methods=methods, rule=rule, activations=activations, profile=profile)
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientGraph:
-    """A model with its gradient, differentiated once, its activation steps still open for any rule."""
+    """A model with its gradient, differentiated once, its activation steps still open for any rule.
+
+    `sweeps` is the number of methods that one rendering may have side by side.
+    """
 
     source: Source
     model: ir.Model
     found: tuple[Activation, ...]  # the activations that the gradient passes, in forward order
+    depths: dict[str, int]  # by the name of their tensor y
     explained: Explained
     options: dict[str, str]  # what the metadata will say of them
     arguments: dict[str, Any]  # as they were given
@@ -85,8 +114,10 @@ class GradientGraph:
         *,
         target: str | int = "argmax",
         output: str | None = None,
-        unit: str | int | Sequence[int] | None = None,
+        unit: Any = None,
+        seed: str = "one",
         wrt: str | Sequence[str] = (),
+        sweeps: int = 1,
     ) -> GradientGraph:
         """Differentiates a model. The arguments are those of `convert`."""
         if METADATA + "method" in source.model.metadata_props:
@@ -96,7 +127,9 @@ class GradientGraph:
             "target": parse_target(target),
             "output": output,
             "unit": parse_unit(unit),
+            "seed": parse_seed(seed),
             "wrt": names,
+            "sweeps": sweeps,
         }
         try:
             return cls._build(source, arguments)
@@ -105,7 +138,7 @@ class GradientGraph:
 
     @classmethod
     def _build(cls, source: Source, arguments: dict[str, Any]) -> GradientGraph:
-        target, unit = arguments["target"], arguments["unit"]
+        target = resolve_target(arguments["target"], labels_of(source.model.metadata_props))
         model = source.model.clone()
         graph = model.graph
         for node in graph:
@@ -115,15 +148,23 @@ class GradientGraph:
         found = recognise(graph)
         refuse_missing(graph, explained.tensor, inputs, found)  # first: behind an unknown operator no shape is known
         op = Emit(graph)
-        seed = make_seed(op, explained, target, unit)
-        gradients = differentiate(op, explained.tensor, seed.seed, inputs, found)
-        nodes = op.take()
-        graph.extend(nodes)
-        results = {f"attribution_{value.name}" if len(inputs) > 1 else "attribution": value for value in inputs}
-        for name, value in results.items():
-            _output(op, name, gradients[value], value.meta.get("declared", (None, value.shape))[1])
+        seed = make_seed(op, explained, target, arguments["unit"], arguments["seed"])
+        results = []
+        for sweep in range(arguments["sweeps"]):
+            op.sweep = sweep
+            swept = [differentiate(op, explained.tensor, one, inputs, found) for one in seed.seeds]
+            results.append({value: _stacked(op, [found[value] for found in swept], seed) for value in inputs})
+        graph.extend(op.take())
+        for sweep, result in enumerate(results):
+            for value in inputs:
+                name = f"attribution_{value.name}" if len(inputs) > 1 else "attribution"
+                name = f"{_SWEEP}{sweep}_{name}" if len(results) > 1 else name
+                _output(
+                    op, name, result[value], _with_classes(value.meta.get("declared", (None, value.shape))[1], seed)
+                )
         batch = (dims_of(explained.tensor) or (1,))[:1]
-        _output(op, "attribution_target", seed.target, ir.Shape([dim if _named(dim) else None for dim in batch]))
+        shape = ir.Shape([dim if _named(dim) else None for dim in batch])
+        _output(op, "attribution_target", seed.target, _with_classes(shape, seed))
         marked = [
             node.meta["activation"]
             for node in graph.all_nodes()
@@ -132,40 +173,41 @@ class GradientGraph:
         options = {
             "target": str(target),
             "explained": explained.tensor.name or "",
+            "seed": arguments["seed"],
             "wrt": json.dumps([value.name for value in inputs]),
         }
-        if unit is not None:
-            options["unit"] = ",".join(map(str, unit))
+        if arguments["unit"] is not None:
+            options["unit"] = unit_text(arguments["unit"])
         if explained.stripped:
             options["stripped"] = stripped_text(explained)
         order = [activation for activation in found.values() if activation in marked]
         order += [activation for activation in marked if activation.node not in found]  # in the bodies of control flow
-        return cls(source, model, tuple(order), explained, options, arguments)
+        return cls(source, model, tuple(order), depths(graph, order), explained, options, arguments)
 
     def choices(
         self, *, method: str = "guided", rule: Rules = (), activations: str | Sequence[str] = "all"
     ) -> dict[str, Choice]:
         """The rule of every activation, keyed by the name of its output: the audit."""
-        return choose(self.found, parse_rules(method, rule), parse_activations(activations))
+        return choose(self.found, parse_rules(method, rule), parse_activations(activations), self.depths)
 
     def render(
         self,
         *,
         method: str = "guided",
+        methods: str | Sequence[str] = (),
         rule: Rules = (),
         activations: str | Sequence[str] = "all",
         profile: str = "ort",
     ) -> onnx.ModelProto:
         """The finished model under one choice of rules. The arguments are those of `convert`."""
-        return to_proto(
-            self._finished(method, [rule] if isinstance(rule, str) else list(rule), activations, profile), self.source
-        )
+        return to_proto(self._finished(parse_methods(method, methods), rule, activations, profile), self.source)
 
     def save(
         self,
         path: str | os.PathLike[str],
         *,
         method: str = "guided",
+        methods: str | Sequence[str] = (),
         rule: Rules = (),
         activations: str | Sequence[str] = "all",
         profile: str = "ort",
@@ -175,7 +217,7 @@ class GradientGraph:
         Returns:
             One line on what the file explains.
         """
-        model = self._finished(method, [rule] if isinstance(rule, str) else list(rule), activations, profile)
+        model = self._finished(parse_methods(method, methods), rule, activations, profile)
         initializers = model.graph.initializers
         if self.source.path is not None and Path(path).exists() and Path(path).samefile(self.source.path):
             raise OnnxgbpError(f"cannot write {path}: it is the model itself; choose another name")
@@ -185,38 +227,89 @@ class GradientGraph:
         skeleton = to_proto(model, self.source)
         copy_beside(skeleton, Path(path), self.source.path.parent if self.source.path else None)
         stream(skeleton, large, Path(path))
-        choices = self.choices(method=method, rule=rule, activations=activations).values()
-        plain = sum(choice.rule == "gradient" for choice in choices)
-        return f"{describe(skeleton)}; {len(choices)} activations, {plain} of them plain"
+        rows = json.loads(model.metadata_props[METADATA + "audit"])
+        plain = sum(row["rule"] == "gradient" for row in rows)
+        counted = f"{len(rows)} activations, {plain} of them plain" if "method" not in (rows or [{}])[0] else "audited"
+        return f"{describe(skeleton)}; {counted}"
 
     def _finished(
-        self, method: str, rules: list[str | tuple[str, str]], activations: str | Sequence[str], profile: str
+        self, methods: Sequence[str], rule: Rules, activations: str | Sequence[str], profile: str
     ) -> ir.Model:
         if profile not in PROFILES:
             raise OnnxgbpError(f"no profile is called '{profile}': choose one of {', '.join(PROFILES)}")
-        choices = self.choices(method=method, rule=rules, activations=activations)
+        if len(methods) != self.arguments["sweeps"]:
+            again = GradientGraph.build(self.source, **self.arguments | {"sweeps": len(methods)})
+            return again._finished(methods, rule, activations, profile)
+        rules = [rule] if isinstance(rule, str) else list(rule)
+        choices = [self.choices(method=method, rule=rules, activations=activations) for method in methods]
         model = self.model.clone()
         op = Emit(model.graph)
+        _name_sweeps(op, methods)
         try:
             install(op, choices)
             lower(op, profile)
         except OpsetTooLowError as error:
             again = GradientGraph.build(raised(self.source, error.opset), **self.arguments)
-            return again._finished(method, rules, activations, profile)
+            return again._finished(methods, rules, activations, profile)
+        merge_equal(model.graph)
         prune(model.graph)
         _join_outputs(model.graph)
         _plain(model.graph)
         _large_last(model.graph)
         options = self.options | {
             "activations": activations if isinstance(activations, str) else ",".join(activations),
-            "method": method,
+            "audit": json.dumps(_audited(methods, choices), ensure_ascii=False),
+            "method": ",".join(methods),
             "profile": profile,
-            "rules": json.dumps([f"{pattern}={name}" for pattern, name in parse_rules(method, rules)]),
+            "rules": json.dumps([f"{pattern}={name}" for pattern, name in _rules(methods, rules)]),
             "sha256": self.source.sha256,
             "version": importlib.metadata.version("onnxgbp"),
         }
         model.metadata_props.update({METADATA + name: value for name, value in sorted(options.items())})
         return model
+
+
+# How the outputs are called until a rendering says which method each of several sweeps is for.
+_SWEEP = "onnxgbp/sweep_"
+
+
+def _name_sweeps(op: Emit, methods: Sequence[str]) -> None:
+    """`attribution_<method>`, or `attribution_<method>_<name>`, with `_` for what is no part of an identifier."""
+    for value in op.graph.outputs:
+        if (value.name or "").startswith(_SWEEP):
+            sweep, _, rest = (value.name or "").removeprefix(_SWEEP).partition("_attribution")
+            value.name = op.claim(f"attribution_{re.sub(r'[^0-9A-Za-z-]', '_', methods[int(sweep)])}{rest}")
+
+
+def _rules(methods: Sequence[str], rules: Rules) -> list[tuple[str, str]]:
+    """The first-match list, of which the last line is the method, or the methods."""
+    return [*parse_rules(methods[0], rules)[:-1], ("*", ",".join(methods))]
+
+
+def _audited(methods: Sequence[str], choices: Sequence[dict[str, Choice]]) -> list[dict[str, Any]]:
+    """The audit as the metadata keeps it: without what is empty; a row names its method if there are several."""
+    rows = []
+    for method, chosen in zip(methods, choices, strict=True):
+        named = {"method": method} if len(methods) > 1 else {}
+        for row in audit(chosen.values()):
+            del row["input"], row["output"]  # they follow from the node
+            rows.append(named | {name: value for name, value in row.items() if value})
+    return rows
+
+
+def _stacked(op: Emit, gradients: list[ir.Value], seed: Seed) -> ir.Value:
+    """The gradients of K classes as one tensor [N, K, ...]."""
+    if seed.count is None:
+        return gradients[0]
+    op.scope = "onnxgbp"
+    rows = [op.Unsqueeze(gradient, axes=[1]) for gradient in gradients]
+    return op.Concat(*rows, axis=1)
+
+
+def _with_classes(shape: ir.Shape | None, seed: Seed) -> ir.Shape | None:
+    if seed.count is None or shape is None:
+        return shape
+    return ir.Shape([*shape.dims[:1], seed.count, *shape.dims[1:]])
 
 
 def describe(converted: onnx.ModelProto) -> str:

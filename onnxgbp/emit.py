@@ -29,7 +29,7 @@ Operand: TypeAlias = "ir.Value | np.ndarray[Any, Any] | Sequence[int] | float | 
 Dims: TypeAlias = "tuple[int | str | None, ...]"
 
 # Arguments that had another name while they were attributes.
-_OLD_NAMES = {("Pad", "constant_value"): "value"}
+_OLD_NAMES = {("Pad", "constant_value"): "value", ("TopK", "K"): "k"}
 
 _BOOL_RESULT = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "IsNaN", "IsInf"}
 _INT64_RESULT = {"ArgMax", "ArgMin", "NonZero", "Shape", "Size"}
@@ -86,6 +86,7 @@ class Emit:
         self.opset = graph.opset_imports[""]
         self.nodes: list[ir.Node] = []
         self.scope = "onnxgbp"
+        self.sweep = 0  # which of several sweeps through one graph writes, see `differentiate`
         self._ir_version = int(graph.meta["ir_version"])
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._names: set[str | None] = set()
@@ -113,7 +114,7 @@ class Emit:
     def private(self, op_type: str, *inputs: ir.Value | None, like: ir.Value, **meta: Any) -> ir.Value:
         """A call that a later step of the pipeline replaces; its parameters travel as Python objects in `meta`."""
         node = self._node(PRIVATE, op_type, inputs, {}, 1)
-        node.meta.update(meta)
+        node.meta.update(meta, sweep=self.sweep)
         return self.typed(node.outputs[0], like)
 
     def body(self, inputs: Sequence[ir.Value], write: Callable[..., Sequence[ir.Value]]) -> ir.Graph:
@@ -274,7 +275,11 @@ class Emit:
                     known = constant_value(argument)
                     if known is None:
                         raise OpsetTooLowError(_next_opset(self.opset))
-                    argument = known.tolist()
+                    argument = (
+                        known.item()
+                        if schema.attributes[name].type == onnx.defs.OpSchema.AttrType.INT
+                        else known.tolist()
+                    )
                 attributes[name] = argument
                 continue
             if name not in _formal(schema):

@@ -19,6 +19,7 @@ from PIL import Image
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import output_file, write
 from onnxgbp.images import SUFFIXES, Preprocessing, read
+from onnxgbp.labels import labels_of
 from onnxgbp.model import METADATA
 from onnxgbp.render import PERCENTILE, overlay, signed_picture
 from onnxgbp.runtime import Explainer, Explanation
@@ -43,10 +44,11 @@ def explain_images(
     out: Path,
     *,
     echo: Callable[[str], Any],
-    target: int | None = None,
+    target: int | str | None = None,
     method: str | None = None,
     output: str | None = None,
-    unit: str | int | Sequence[int] | None = None,
+    unit: Any = None,
+    seed: str | None = None,
     wrt: Sequence[str] = (),
     rule: Sequence[str | tuple[str, str]] = (),
     activations: str | Sequence[str] | None = None,
@@ -61,10 +63,11 @@ def explain_images(
         paths: the model, if the first ends in .onnx (else the bundled SqueezeNet); then images, or folders of them.
         out: the folder, made where it is missing.
         echo: called with each line for the user.
-        target: the class to explain; None for the strongest of each image.
+        target: the class to explain, by index or name; None for the strongest of each image.
         method: as for `Explainer`.
         output: as for `Explainer`.
         unit: as for `Explainer`; excludes a target.
+        seed: as for `Explainer`.
         wrt: as for `Explainer`, but one tensor of the form [N, C, H, W].
         rule: as for `Explainer`.
         activations: as for `Explainer`.
@@ -79,14 +82,22 @@ def explain_images(
     """
     model, images = _model_and_images(paths)
     explainer = Explainer(
-        model, method=method, provider=provider, output=output, unit=unit, wrt=wrt, rule=rule, activations=activations
+        model,
+        method=method,
+        provider=provider,
+        output=output,
+        unit=unit,
+        seed=seed,
+        wrt=wrt,
+        rule=rule,
+        activations=activations,
     )
     if len(explainer.inputs) != 1 or len(explainer.wrt) != 1:
         inputs = ", ".join(f"'{spec.name}'" for spec in explainer.inputs)
         raise OnnxgbpError(f"pictures are drawn for one image input; this one takes {inputs}: use onnxgbp.Explainer")
     prepared = Preprocessing.of(explainer.metadata, explainer.inputs[0], **preprocessing)
     explainer.check_target(target)
-    labels = _labels(explainer)
+    labels = labels_of(explainer.metadata)
     _make_folder(out)
 
     echo(_headline(explainer))
@@ -182,17 +193,6 @@ def _make_folder(out: Path) -> None:
     with output_file(out / f"{MANIFEST}.tmp"):  # found out before the first image, not after it
         pass
     (out / f"{MANIFEST}.tmp").unlink(missing_ok=True)
-
-
-def _labels(explainer: Explainer) -> list[str]:
-    text = explainer.metadata.get(METADATA + "labels", "[]")
-    try:
-        labels = json.loads(text)
-    except json.JSONDecodeError:
-        labels = None
-    if not isinstance(labels, list):
-        raise OnnxgbpError(f"the model's metadata '{METADATA}labels' is no JSON list of class names")
-    return [str(label) for label in labels]
 
 
 def _stems(images: Sequence[Path]) -> list[str]:

@@ -22,9 +22,9 @@ from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.model import METADATA, OLDEST_OPSET, Source, load
 from onnxgbp.recognise import recognise
-from onnxgbp.rules import Choice, choose, parse_activations, parse_rules
+from onnxgbp.rules import Choice, audit, choose, depths, parse_activations, parse_rules
 from onnxgbp.step import label
-from onnxgbp.target import Explained, explained_tensor, parse_unit, stripped_text, wrt_tensors
+from onnxgbp.target import Explained, explained_tensor, parse_unit, stripped_text, unit_text, wrt_tensors
 from onnxgbp.vjps import FAMILIES, ZERO_GRADIENT, Entry
 
 __all__ = ["Inspection", "inspect_model", "operator_markdown", "operator_table", "operator_text"]
@@ -60,7 +60,8 @@ def inspect_model(
     method: str = "guided",
     target: str | int = "argmax",
     output: str | None = None,
-    unit: str | int | Sequence[int] | None = None,
+    unit: Any = None,
+    seed: str = "one",
     wrt: str | Sequence[str] = (),
     rule: Rules = (),
     activations: str | Sequence[str] = "all",
@@ -78,8 +79,12 @@ def inspect_model(
     facts = {"file": str(model), "sha256": source.sha256} | _file_facts(proto)
     if METADATA + "method" in source.model.metadata_props:
         return Inspection(facts | {"converted": True} | _converted_facts(proto))
-    options: dict[str, Any] = {"method": method, "rule": list(rule), "activations": activations}
-    place: dict[str, Any] = {"target": target, "output": output, "unit": unit, "wrt": wrt}
+    options: dict[str, Any] = {
+        "method": method,
+        "rule": [rule] if isinstance(rule, str) else list(rule),
+        "activations": activations,
+    }
+    place: dict[str, Any] = {"target": target, "output": output, "unit": unit, "seed": seed, "wrt": wrt}
     found = _source_facts(source, options, place)
     if not found["missing"] and not found["obstacles"]:
         try:
@@ -88,7 +93,13 @@ def inspect_model(
         except OnnxgbpError as error:
             found["obstacles"].append(str(error))
     found["convertible"] = not found["missing"] and not found["obstacles"]
-    asked = {"method": method, "target": str(target), "unit": None if unit is None else list(parse_unit(unit) or ())}
+    parsed = parse_unit(unit)
+    asked = {
+        "method": method,
+        "target": str(target),
+        "unit": None if parsed is None else unit_text(parsed),
+        "seed": seed,
+    }
     return Inspection(facts | {"converted": False} | asked | found)
 
 
@@ -124,7 +135,7 @@ def _converted_facts(proto: onnx.ModelProto) -> dict[str, Any]:
     """What the metadata says; a list of labels is as long as the classes are many, so only its length is told."""
     said = {e.key.removeprefix(METADATA): e.value for e in proto.metadata_props if e.key.startswith(METADATA)}
     facts: dict[str, Any] = dict(said)
-    for name in ("wrt", "rules", "labels", "preprocessing"):
+    for name in ("wrt", "rules", "labels", "preprocessing", "audit"):
         if name in said:
             try:
                 facts[name] = json.loads(said[name])
@@ -155,13 +166,13 @@ def _source_facts(source: Source, options: Mapping[str, Any], place: Mapping[str
     choices = list[Choice]()
     try:
         rules, kinds = parse_rules(options["method"], options["rule"]), parse_activations(options["activations"])
-        choices = list(choose(passed, rules, kinds).values())
+        choices = list(choose(passed, rules, kinds, depths(graph, passed)).values())
     except OnnxgbpError as error:
         obstacles.append(str(error))
     return {
         "explained": _explained_facts(explained) if explained is not None else None,
         "wrt": [_tensor_facts(value) for value in inputs],
-        "activations": [_choice_facts(choice) for choice in choices],
+        "activations": audit(choices),
         "plain": [choice.name for choice in choices if choice.rule == "gradient"],
         "not_reached": [label(node) for node, activation in found.items() if activation not in passed],
         "missing": _missing_facts(missing),
@@ -194,20 +205,6 @@ def _explained_facts(explained: Explained) -> dict[str, Any]:
     return _tensor_facts(explained.tensor) | {
         "output": explained.output.name if explained.output is not None else None,
         "stripped": [{"operator": node.op_type, "node": label(node)} for node in explained.stripped],
-    }
-
-
-def _choice_facts(choice: Choice) -> dict[str, Any]:
-    activation = choice.activation
-    return {
-        "node": choice.name,
-        "output": activation.y.name,
-        "kind": activation.kind,
-        "spelled": activation.spelled,
-        "rule": choice.rule,
-        "reason": choice.reason,
-        "gate": activation.gate,
-        "note": choice.note,
     }
 
 

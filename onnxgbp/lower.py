@@ -19,7 +19,7 @@ from onnxgbp.emit import PRIVATE, Emit, Operand
 from onnxgbp.scan import unroll_scans
 from onnxgbp.window import Window
 
-__all__ = ["PROFILES", "lower", "prune", "replace_calls"]
+__all__ = ["PROFILES", "lower", "merge_equal", "prune", "replace_calls"]
 
 Lowering: TypeAlias = "Callable[[Emit, ir.Node], ir.Value]"
 
@@ -246,6 +246,22 @@ def untie_weights(op: Emit) -> None:
             twice.shape, twice.type = value.shape, value.type
             op.graph.insert_before(node, op.take())
             node.replace_input_with(index, twice)
+
+
+def merge_equal(graph: ir.Graph) -> None:
+    """Computes once what several sweeps, or several steps of one, compute alike. The forward pass stays as it is."""
+    first: dict[tuple[Any, ...], ir.Node] = {}
+    for node in list(graph):
+        bodies = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        if node.meta.get("forward") or bodies or any(value.is_graph_output() for value in node.outputs):
+            continue
+        attributes = sorted((name, ir.to_proto(a).SerializeToString()) for name, a in node.attributes.items())
+        key = (node.domain, node.op_type, *node.inputs, len(node.outputs), *attributes)
+        same = first.setdefault(key, node)
+        if same is not node:
+            for value, kept in zip(node.outputs, same.outputs, strict=True):
+                value.replace_all_uses_with(kept)
+            graph.remove(node, safe=True)
 
 
 def prune(graph: ir.Graph) -> None:

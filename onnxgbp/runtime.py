@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import io
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,14 +24,15 @@ import onnx_ir as ir
 from onnxgbp.convert import GradientGraph, Rules
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.labels import find_label, labels_of
 from onnxgbp.model import METADATA, ModelLike, Source, load
-from onnxgbp.rules import parse_rules
-from onnxgbp.target import parse_unit
+from onnxgbp.rules import parse_methods, parse_rules
+from onnxgbp.target import parse_unit, unit_text
 
 __all__ = ["Explainer", "Explanation", "InputSpec"]
 
 Array: TypeAlias = npt.NDArray[Any]
-Target: TypeAlias = "int | Sequence[int] | npt.NDArray[np.integer[Any]] | None"
+Target: TypeAlias = "int | str | Sequence[int | str] | Sequence[Sequence[int | str]] | npt.NDArray[Any] | None"
 
 # Each of these installs the same Python package `onnxruntime`, over the files of any other; pip does not notice.
 _DISTRIBUTIONS = (
@@ -83,10 +85,11 @@ class InputSpec:
 class Explanation:
     """What one call gives.
 
-    attribution: raw and signed, shape and dtype of the input; a dict by tensor name where several are explained.
+    attribution: raw and signed, shape and dtype of the input; [N, K, ...] for K targets a sample. A dict by tensor name
+        where several are explained, a dict by method where there are several methods, of such dicts where both.
     scores: the model's own output that the explained tensor belongs to, as the model returns it (probabilities where
         the model ends in a softmax); of an inner tensor, the model's first float output.
-    target: int64 [N], the class (or channel) that was explained for each sample.
+    target: int64 [N], or [N, K]: the class (or channel) that was explained for each sample.
     outputs: every output of the model by name.
     warning: what a reader has to know of the attribution (a sample of nothing but zeros, numbers that are not finite),
         or ''.
@@ -104,15 +107,17 @@ class Explainer:
 
         explainer = Explainer("net.onnx", method="guided")
         result = explainer(x)                    # x: float array [N, ...]; the strongest class of each sample
-        result = explainer(x, target=[285, 3])   # one class per sample
+        result = explainer(x, target=[285, "tabby"])    # one class per sample, by index or name
+        result = explainer(x, target=[[285, 282], [3, 4]])  # K classes per sample: attribution is [N, K, ...]
 
     One session is made here and used by every call; calls may come from several threads. It pickles by the model's
     path (or its bytes, for a `ModelProto`) and the options; unpickling makes a new session.
 
     Args:
         model: a path or a `ModelProto`: a classifier, or a file that `convert` wrote, which is run as it is.
-        method: as for `convert` (None: guided), like output, unit, wrt, rule, activations and profile. For a converted
-            file each may only repeat what it was converted with. `unit` fixes the target.
+        method: as for `convert` (None: guided), like methods, output, unit, seed, wrt, rule, activations and profile.
+            For a converted file each may only repeat what it was converted with. `unit` fixes the target.
+        top: explain this many strongest classes of each sample at once, when a call names no target.
         provider: auto (CUDA where it really works, else the CPU), cpu, or cuda (CUDA or an error).
         threads: threads within one operator; None leaves it to ONNX Runtime.
 
@@ -126,9 +131,12 @@ class Explainer:
         model: ModelLike,
         *,
         method: str | None = None,
+        methods: str | Sequence[str] = (),
         provider: str = "auto",
         output: str | None = None,
-        unit: str | int | Sequence[int] | None = None,
+        unit: Any = None,
+        seed: str | None = None,
+        top: int | None = None,
         wrt: str | Sequence[str] = (),
         rule: Rules = (),
         activations: str | Sequence[str] | None = None,
@@ -140,9 +148,13 @@ class Explainer:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise OnnxgbpError(f"threads is {threads!r}, not a count of 1 or more")
         wrt = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-        what: dict[str, Any] = {"method": method, "output": output, "unit": unit, "wrt": wrt, "rule": tuple(rule)}
-        what |= {"activations": activations, "profile": profile}
+        rule = (rule,) if isinstance(rule, str) else tuple(rule)
+        methods = parse_methods("guided", methods) if methods else ()
+        what: dict[str, Any] = {"method": method, "methods": methods, "output": output, "unit": unit, "seed": seed}
+        what |= {"wrt": wrt, "rule": rule, "activations": activations, "profile": profile, "top": top}
         self._options: dict[str, Any] = {**what, "provider": provider, "threads": threads}
+        self._of_several: dict[int, Explainer] = {}
+        self._lock = threading.Lock()
         # Absolute, so that a worker in another folder finds the same file.
         self._model = model if isinstance(model, onnx.ModelProto) else str(Path(model).absolute())
 
@@ -157,10 +169,17 @@ class Explainer:
             tensor = next((v for v in _values(source.model) if v.name == explained), None)
         else:
             graph = GradientGraph.build(
-                source, target="argmax" if unit is not None else "input", output=output, unit=unit, wrt=wrt
+                source,
+                target="argmax" if unit is not None else "input" if top is None else f"input{top}",
+                output=output,
+                unit=unit,
+                seed=seed or "one",
+                wrt=wrt,
+                sweeps=len(methods) or 1,
             )
             proto = graph.render(
                 method=method or "guided",
+                methods=methods,
                 rule=what["rule"],
                 activations=activations or "all",
                 profile=profile or "ort",
@@ -182,13 +201,20 @@ class Explainer:
         inputs = [InputSpec(i.name, _dtype(i.name, i.type), tuple(i.shape)) for i in self._session.get_inputs()]
         self.mode = self.metadata[METADATA + "target"]
         """What chooses the class: `input` (each call), or argmax, seed or an index that a converted file has fixed."""
-        self._target_input = inputs.pop() if self.mode == "input" else None
+        self._target_input = inputs.pop() if self.mode.startswith("input") else None
+        count = self.mode.removeprefix("input").removeprefix("top")
+        self.top: int | None = int(count) if count.isdecimal() and count != self.mode else None
+        """How many classes of each sample are explained at once; None for one, without an axis for it."""
+        self.labels = labels_of(self.metadata)
+        """The names of the classes, [] where the model's metadata has none."""
+        self.methods = tuple(self.metadata[METADATA + "method"].split(","))
         self.inputs: tuple[InputSpec, ...] = tuple(inputs)
         """What a call must be given."""
         self.wrt = tuple(json.loads(self.metadata[METADATA + "wrt"]))
         names = [output.name for output in self._session.get_outputs()]
-        self._ours = names[-1 - len(self.wrt) :]
-        self._theirs = names[: -1 - len(self.wrt)]
+        added = 1 + len(self.wrt) * len(self.methods)
+        self._ours = names[-added:]
+        self._theirs = names[:-added]
         types = {output.name: output.type for output in self._session.get_outputs()}
         self.scores_output = _scores_output(proto, self.metadata[METADATA + "explained"], self._theirs)
         """The name of the output that `Explanation.scores` holds."""
@@ -205,12 +231,15 @@ class Explainer:
             x: an array in the model's shape and type, or a dict of arrays by input name where there are several.
                 Floats are cast to the model's float type, lists of numbers to its type; an array of integers is not
                 made into floats (it is usually a picture that still has to be scaled), so cast it yourself.
-            target: a class for all samples, one per sample, or None for the strongest of each sample.
+            target: a class for all samples, one per sample, K per sample (shape [N, K], which takes a session of its
+                own for each K), or None for the strongest of each sample; by index or name.
 
         Raises:
             OnnxgbpError: an input of a wrong name, shape or type, a target that is out of range or of a wrong length,
                 or the runtime fails.
         """
+        if self.top is None and self.mode == "input" and np.ndim(target) == 2:  # type: ignore[arg-type]
+            return self._several(np.shape(target)[1])(x, target)  # type: ignore[arg-type]
         feeds = self._feeds(x)
         count = self._batch(feeds)
         targets = self.check_target(target, count)
@@ -224,7 +253,7 @@ class Explainer:
             raise OnnxgbpError(f"ONNX Runtime could not run {self.name}: {_short(error)}{hint}") from None
         outputs = dict(zip(self._theirs, values, strict=False))
         *attributions, chosen = values[len(self._theirs) :]
-        attribution = attributions[0] if len(self.wrt) == 1 else dict(zip(self.wrt, attributions, strict=True))
+        attribution = self._arranged(attributions)
         scores = _as_array(outputs[self.scores_output] if self.scores_output is not None else [])
         if count is None and self._target_input is not None:  # what could not be checked before
             samples = len(scores) if scores.ndim else len(chosen)
@@ -232,8 +261,22 @@ class Explainer:
                 raise OnnxgbpError(_wrong_length(targets, samples))
         return Explanation(attribution, scores, chosen, outputs, _warning(attributions))
 
+    def _arranged(self, attributions: Sequence[Array]) -> Any:
+        """By method and by tensor, as far as there are several."""
+        size = len(self.wrt)
+        parts = [attributions[i : i + size] for i in range(0, len(attributions), size)]
+        each = [part[0] if size == 1 else dict(zip(self.wrt, part, strict=True)) for part in parts]
+        return each[0] if len(self.methods) == 1 else dict(zip(self.methods, each, strict=True))
+
+    def _several(self, count: int) -> Explainer:
+        """An explainer of `count` classes a sample: K is part of the graph."""
+        with self._lock:
+            if count not in self._of_several:
+                self._of_several[count] = Explainer(self._model, **self._options | {"top": count})
+            return self._of_several[count]
+
     def check_target(self, target: Target, count: int | None = None) -> npt.NDArray[np.int64]:
-        """The target of each of `count` samples, int64 [count], -1 for the strongest class.
+        """The target of each of `count` samples, int64 [count] or [count, K], -1 for the strongest class.
 
         Without `count` one class stays one, int64 [1], which the model spreads over the samples.
 
@@ -241,7 +284,7 @@ class Explainer:
             OnnxgbpError: out of range, of a wrong length, or not the one that a converted file was made for.
         """
         if target is None:
-            return np.full(1 if count is None else count, -1, np.int64)
+            return self._strongest(1 if count is None else count)
         if METADATA + "unit" in self.metadata:
             raise OnnxgbpError(f"unit {self.metadata[METADATA + 'unit']} is explained: leave the target out")
         targets = self._targets(target, count)
@@ -251,6 +294,11 @@ class Explainer:
                 "or convert with --target input"
             )
         return targets
+
+    def _strongest(self, count: int) -> npt.NDArray[np.int64]:
+        if self.top is None:
+            return np.full(count, -1, np.int64)
+        return np.full((count, self.top), -1, np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
         model = self._model if isinstance(self._model, str) else self._model.SerializeToString()
@@ -292,10 +340,18 @@ class Explainer:
 
     def _targets(self, target: Target, count: int | None) -> npt.NDArray[np.int64]:
         """int64 [N], each in range."""
-        given = np.atleast_1d(_class_indices(target))
-        if given.ndim != 1 or (count is not None and np.ndim(target) and len(given) != count):  # type: ignore[arg-type]
-            raise OnnxgbpError(_wrong_length(given, count))
-        targets = np.broadcast_to(given, (len(given) if count is None else count,)).astype(np.int64)
+        given = _class_indices(target, self.labels)
+        if self.top is not None:
+            if given.ndim != 2 or given.shape != (len(given) if count is None else count, self.top):
+                raise OnnxgbpError(
+                    f"target has shape {list(given.shape)}: give [{count or 'N'}, {self.top}], {self.top} per sample"
+                )
+            targets = given.astype(np.int64)
+        else:
+            given = np.atleast_1d(given)
+            if given.ndim != 1 or (count is not None and np.ndim(target) and len(given) != count):  # type: ignore[arg-type]
+                raise OnnxgbpError(_wrong_length(given, count))
+            targets = np.broadcast_to(given, (len(given) if count is None else count,)).astype(np.int64)
         wrong = targets < 0 if self.classes is None else (targets < 0) | (targets >= self.classes)
         if wrong.any():
             last = "" if self.classes is None else f": the model has {self.classes} classes, 0 to {self.classes - 1}"
@@ -338,16 +394,19 @@ def _refuse_contradictions(source: Source, what: Mapping[str, Any]) -> None:
     """An already converted file says what it is; an option that says otherwise cannot be followed any more."""
     said = {k.removeprefix(METADATA): v for k, v in source.model.metadata_props.items() if k.startswith(METADATA)}
     unit, activations = parse_unit(what["unit"]), what["activations"]
+    method = ",".join(what["methods"]) or what["method"]
     asked: dict[str, str | None] = {
-        "method": what["method"],
+        "method": method,
         "explained": what["output"],
-        "unit": None if unit is None else ",".join(map(str, unit)),
+        "unit": None if unit is None else unit_text(unit),
+        "seed": what["seed"],
         "wrt": json.dumps(what["wrt"]) if what["wrt"] else None,
         "activations": activations if activations is None or isinstance(activations, str) else ",".join(activations),
         "profile": what["profile"],
+        "target": None if what["top"] is None else f"top{what['top']}",
     }
     if what["rule"]:
-        pairs = parse_rules(what["method"] or said["method"], what["rule"])
+        pairs = [*parse_rules("guided", what["rule"])[:-1], ("*", method or said["method"])]
         asked["rules"] = json.dumps([f"{pattern}={name}" for pattern, name in pairs])
     for name, value in asked.items():
         if value is not None and value != said.get(name):
@@ -422,13 +481,20 @@ def _cast(spec: InputSpec, array: Array, *, is_array: bool) -> Array:
     return cast
 
 
-def _class_indices(target: Any) -> npt.NDArray[np.integer[Any]]:
+def _class_indices(target: Any, labels: Sequence[str]) -> npt.NDArray[np.integer[Any]]:
+    """Indices of any shape, of indices and names."""
     try:
-        given = np.asarray(target)
+        given = np.asarray(target, dtype=object) if isinstance(target, (str, list, tuple)) else np.asarray(target)
     except (ValueError, TypeError):
         given = np.asarray(None)
+    if given.dtype.kind in "OU":
+        for place, one in np.ndenumerate(given := given.astype(object)):
+            if isinstance(one, str):
+                given[place] = find_label(one, labels)
+        if all(isinstance(one, (int, np.integer)) and not isinstance(one, bool) for one in given.flat):
+            given = given.astype(np.int64)
     if given.dtype.kind not in "iu":
-        raise OnnxgbpError(f"target {target!r} is neither a class index nor a list of them")
+        raise OnnxgbpError(f"target {target!r} is neither a class (index or name) nor a list of them")
     return given
 
 

@@ -410,7 +410,7 @@ def test_a_failed_conversion_keeps_the_old_file(tmp_path: Path) -> None:
         ["convert", "net.onnx"],
         ["convert", "-o", "out.onnx"],
         ["convert", "net.onnx", "-o", "out.onnx", "--method", "nothing"],
-        ["convert", "net.onnx", "-o", "out.onnx", "--target", "nothing"],
+        ["convert", "net.onnx", "-o", "out.onnx", "--target", "top0"],
         ["convert", "net.onnx", "-o", "out.onnx", "--unit", "a"],
         ["convert", "net.onnx", "-o", "out.onnx", "--profile", "nothing"],
         ["convert", "net.onnx", "-o", "out.onnx", "--nothing"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from onnx import ModelProto, TensorProto, helper
 import onnxgbp
 from onnxgbp.activations import ACTIVATIONS
 
-METHODS = ("gradient", "deconvnet", "guided")
+METHODS = ("gradient", "deconvnet", "guided", "as-relu", "rectgrad:90")
 
 
 def node(operator: str, inputs: list[str], outputs: list[str], **attributes: Any) -> Any:
@@ -30,19 +31,46 @@ def attribution(model: ModelProto, x: Array, dy: Array, **options: Any) -> Array
 # --- literal replicas -----------------------------------------------------------------------------
 
 
-def gradient(x: Array, slope: Array, dy: Array) -> Array:
-    return np.where(slope == 0, 0, dy * slope)
+@dataclasses.dataclass
+class Point:
+    """An activation at many points: x, y = f(x), the slope f'(x), each [N, ...]; and whether it is like a ReLU."""
+
+    x: Array
+    y: Array
+    slope: Array
+    like_relu: bool = False
 
 
-def deconvnet(x: Array, slope: Array, dy: Array) -> Array:
+def gradient(at: Point, dy: Array) -> Array:
+    return np.where(at.slope == 0, 0, dy * at.slope)
+
+
+def deconvnet(at: Point, dy: Array) -> Array:
     return np.where(dy > 0, dy, 0)
 
 
-def guided(x: Array, slope: Array, dy: Array) -> Array:
-    return np.where(dy > 0, gradient(x, slope, dy), 0)
+def guided(at: Point, dy: Array) -> Array:
+    return np.where(dy > 0, gradient(at, dy), 0)
 
 
-RULES = {"gradient": gradient, "deconvnet": deconvnet, "guided": guided}
+def as_relu(at: Point, dy: Array) -> Array:
+    return np.where((dy > 0) & (at.x > 0), dy, 0) if at.like_relu else guided(at, dy)
+
+
+def rectgrad(at: Point, dy: Array, percentile: float = 90) -> Array:
+    weight = (at.y * dy).reshape(len(dy), -1)
+    threshold = np.percentile(weight, percentile, axis=1, keepdims=True)
+    return np.where((weight > threshold).reshape(dy.shape), gradient(at, dy), 0)
+
+
+RULES = {
+    "gradient": gradient,
+    "deconvnet": deconvnet,
+    "guided": guided,
+    "as-relu": as_relu,
+    "rectgrad:90": rectgrad,
+}
+LIKE_RELU = "LeakyRelu PRelu Elu Selu Celu ThresholdedRelu Softplus HardSwish Gelu GeluTanh Swish Mish".split()
 
 
 def sigmoid(x: float) -> float:
@@ -118,7 +146,8 @@ def test_replica(kind: str, method: str) -> None:
         [node(operator, ["x"], ["y"], **attributes)], {"x": list(x.shape)}, opset=opset, dtype=TensorProto.DOUBLE
     )
     slopes = np.vectorize(slope, otypes=[np.float64])(x)
-    want = RULES[method](x, slopes, dy)
+    y = reference_run(model, {"x": x})["y"]
+    want = RULES[method](Point(x, y, slopes, kind in LIKE_RELU), dy)
     got = attribution(model, x, dy, method=method)
     # 1e-7: the evaluator rounds the attributes alpha and gamma to float32, as the standard stores them.
     assert np.allclose(got, want, rtol=1e-7, atol=1e-12)
@@ -143,7 +172,8 @@ def test_prelu(shape: tuple[int, ...], method: str) -> None:
     model = small_model(
         [node("PRelu", ["x", "s"], ["y"])], {"x": [2, 3, 4, 3]}, constants={"s": slope}, dtype=TensorProto.DOUBLE
     )
-    want = RULES[method](x, np.where(x > 0, 1.0, np.broadcast_to(slope, x.shape)), dy)
+    slopes = np.where(x > 0, 1.0, np.broadcast_to(slope, x.shape))
+    want = RULES[method](Point(x, x * slopes, slopes, True), dy)
     assert np.allclose(attribution(model, x, dy, method=method), want)
 
 
@@ -221,7 +251,7 @@ def test_two_relus_of_one_tensor() -> None:
 def test_at_zero_a_relu_is_closed(zero: float) -> None:
     model = small_model([node("Relu", ["x"], ["y"])], {"x": [1, 1]})
     x, dy = np.full((1, 1), zero, np.float32), np.ones((1, 1), np.float32)
-    assert [attribution(model, x, dy, method=m).item() for m in METHODS] == [0, 1, 0]
+    assert [attribution(model, x, dy, method=m).item() for m in METHODS] == [0, 1, 0, 0, 0]
 
 
 def test_at_its_bounds_a_clip_is_closed() -> None:
@@ -321,10 +351,90 @@ def test_a_mix_of_rules_is_the_mix_of_their_steps() -> None:
     t1 = np.maximum(x, 0)
     t2 = np.tanh(t1)
     t3 = np.maximum(t2, 0)
-    d3 = gradient(t3, np.where(t3 > 0, 1, np.exp(t3)), dy)
-    d2 = guided(t2, (t2 > 0).astype(float), d3)
-    d1 = guided(t1, 1 - t2**2, d2)
-    assert np.allclose(got, deconvnet(x, np.ones_like(x), d1))
+    d3 = gradient(Point(t3, t3, np.where(t3 > 0, 1, np.exp(t3))), dy)
+    d2 = guided(Point(t2, t3, (t2 > 0).astype(float)), d3)
+    d1 = guided(Point(t1, t2, 1 - t2**2), d2)
+    assert np.allclose(got, deconvnet(Point(x, t1, np.ones_like(x)), d1))
+
+
+def test_rectgrad_of_a_free_size_takes_its_percentile_at_run_time() -> None:
+    model = small_model([node("Relu", ["x"], ["y"])], {"x": ["N", 2, "H", "W"]}, dtype=TensorProto.DOUBLE)
+    for shape in ((3, 2, 5, 7), (2, 2, 1, 1)):
+        x, dy = np.random.default_rng(1).standard_normal((2, *shape))
+        for percentile in (0, 50, 90, 98):
+            got = attribution(model, x, dy, method=f"rectgrad:{percentile}")
+            want = rectgrad(Point(x, np.maximum(x, 0), (x > 0).astype(float)), dy, percentile)
+            assert np.array_equal(got, want)
+
+
+def test_a_rule_of_the_callers_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(edge: Any, share: float = 0.5) -> Any:
+        return edge.step(edge.op.Mul(edge.dy, share))
+
+    monkeypatch.setitem(onnxgbp.RULES, "half", half)
+    model = small_model([node("Relu", ["x"], ["y"])], {"x": [1, 2]})
+    x, dy = np.array([[1, -1]], np.float32), np.array([[-4, 4]], np.float32)
+    assert attribution(model, x, dy, method="half").tolist() == [[-2, 0]]
+    assert attribution(model, x, dy, method="half:0.25").tolist() == [[-1, 0]]
+    graph = onnxgbp.GradientGraph.build(onnxgbp.load(model), target="seed", output="y")
+    (choice,) = graph.choices(method="half").values()
+    assert choice.note == "a rule of the caller's"
+    for wrong in ("half:x", "half:1:2", "guided:1", "twice"):
+        with pytest.raises(onnxgbp.OnnxgbpError, match=wrong):
+            attribution(model, x, dy, method=wrong)
+
+
+def _fork() -> ModelProto:
+    """Two ways to the sum, one of two activations and one of one, and a last activation behind it."""
+    nodes = [
+        node("Relu", ["x"], ["a"], name="long/first"),
+        node("Tanh", ["a"], ["b"], name="long/second"),
+        node("Clip", ["x", "zero", "six"], ["c"], name="short"),
+        node("Add", ["b", "c"], ["s"]),
+        node("Relu", ["s"], ["y"], name="last"),
+    ]
+    constants = {"zero": np.array(0, np.float32), "six": np.array(6, np.float32)}
+    return small_model(nodes, {"x": [1, 4]}, constants=constants)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "deconvnets"),
+    [
+        (["long/*=deconvnet"], {"long/first", "long/second"}),
+        (["type:Clip=deconvnet"], {"short"}),
+        (["type:Relu6=deconvnet"], {"short"}),
+        (["type:Relu*=deconvnet"], {"long/first", "last", "short"}),
+        (["depth:1=deconvnet"], {"long/first", "short"}),
+        (["depth:<=2=deconvnet"], {"long/first", "short", "long/second"}),
+        (["depth:>=-1=deconvnet"], {"last"}),
+        (["depth:<-1=deconvnet"], {"long/first", "short", "long/second"}),
+        (["type:Tanh=gradient", "depth:>=2=deconvnet"], {"last"}),
+    ],
+)
+def test_patterns_of_names_types_and_depth(patterns: list[str], deconvnets: set[str]) -> None:
+    graph = onnxgbp.GradientGraph.build(onnxgbp.load(_fork()), target="seed", output="y")
+    choices = graph.choices(rule=patterns).values()
+    assert {choice.name for choice in choices if choice.rule == "deconvnet"} == deconvnets
+    assert {choice.name: choice.depth for choice in choices} == {
+        "long/first": 1,
+        "long/second": 2,
+        "short": 1,
+        "last": 3,
+    }
+
+
+@pytest.mark.parametrize("pattern", ["depth:9", "type:Elu", "nothing", "depth:<1"])
+def test_a_pattern_that_matches_nothing_is_refused(pattern: str) -> None:
+    graph = onnxgbp.GradientGraph.build(onnxgbp.load(_fork()), target="seed", output="y")
+    with pytest.raises(
+        onnxgbp.OnnxgbpError, match=r"matches no activation.*of type Relu, Relu6, Tanh, at depth 1 to 3"
+    ):
+        graph.choices(rule=[f"{pattern}=deconvnet"])
+
+
+def test_a_malformed_depth_is_refused() -> None:
+    with pytest.raises(onnxgbp.OnnxgbpError, match="'depth:last' is no depth"):
+        onnxgbp.convert(_fork(), target="seed", output="y", rule="depth:last=guided")
 
 
 # --- spellings ------------------------------------------------------------------------------------
@@ -646,7 +756,7 @@ def test_spelling(name: str) -> None:
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spelling_gives_what_the_slope_says(name: str, method: str) -> None:
     """A difference in float64 gives the slope from the spelling itself; the rule does the rest."""
-    _, spelling = SPELLINGS[name]
+    kind, spelling = SPELLINGS[name]
     model = to_float64(_spelled(spelling))
     rng = np.random.default_rng(5)
     h, dy = rng.uniform(-5, 5, (40, 4)), rng.standard_normal((40, 4))
@@ -655,7 +765,8 @@ def test_spelling_gives_what_the_slope_says(name: str, method: str) -> None:
     above, below = (evaluated(forward, {"in": h + sign * step / 1.5})[0] for sign in (1, -1))
     slope = (above - below) / (2 * step)
     slope[np.abs(slope) < 1e-9] = 0
-    want = 1.5 * RULES[method](h, slope, dy)
+    at = Point(1.5 * h, evaluated(forward, {"in": h})[0], slope, kind in LIKE_RELU)
+    want = 1.5 * RULES[method](at, dy)
     converted = onnxgbp.convert(model, target="seed", method=method)
     got = reference_run(converted, {"in": h, "seed": dy})["attribution"]
     # The recognised slope is the ideal function's; an exporter's float32 constants differ from it by 1e-7.

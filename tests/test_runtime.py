@@ -95,11 +95,12 @@ def test_targets_differ_by_sample(mlp: onnx.ModelProto) -> None:
         ([0, 1, 9], r"target 9 is out of range"),
         ([0], r"1 class, but there are 3 samples"),
         ([0, 1], r"2 classes, but there are 3 samples"),
-        ([[0, 1, 2]], r"shape \[1, 3\], but there are 3 samples"),
-        (1.0, r"neither a class index nor a list"),
-        (True, r"neither a class index nor a list"),
-        ("cat", r"neither a class index nor a list"),
-        ([0, None, 1], r"neither a class index nor a list"),
+        ([[0, 1, 2]], r"shape \[1, 3\]: give \[3, 3\], 3 per sample"),
+        ([[0, 1, 2, 3, 0]] * 3, r"target input5 is out of range: tensor '.*' has 4 classes"),
+        (1.0, r"neither a class \(index or name\) nor a list"),
+        (True, r"neither a class \(index or name\) nor a list"),
+        ("cat", r"target 'cat' is no class index, and the model's metadata names no classes"),
+        ([0, None, 1], r"neither a class \(index or name\) nor a list"),
     ],
 )
 def test_targets_refused(mlp: onnx.ModelProto, target: Any, message: str) -> None:
