@@ -39,7 +39,7 @@ from onnxgbp.target import (
     wrt_tensors,
 )
 
-__all__ = ["GradientGraph", "Rules", "convert", "describe"]
+__all__ = ["GradientGraph", "Rules", "convert", "describe", "result_names"]
 
 Rules = str | Iterable[str | tuple[str, str]]
 
@@ -278,7 +278,17 @@ def _name_sweeps(op: Emit, methods: Sequence[str]) -> None:
     for value in op.graph.outputs:
         if (value.name or "").startswith(_SWEEP):
             sweep, _, rest = (value.name or "").removeprefix(_SWEEP).partition("_attribution")
-            value.name = op.claim(f"attribution_{re.sub(r'[^0-9A-Za-z-]', '_', methods[int(sweep)])}{rest}")
+            value.name = op.claim(f"attribution_{_slug(methods[int(sweep)])}{rest}")
+
+
+def _slug(method: str) -> str:
+    return re.sub(r"[^0-9A-Za-z-]", "_", method)
+
+
+def result_names(methods: Sequence[str], wrt: Sequence[str]) -> dict[str, str]:
+    """The outputs that a conversion adds before `attribution_target`, and the tensor that each attributes to."""
+    firsts = [f"attribution_{_slug(method)}" for method in methods] if len(methods) > 1 else ["attribution"]
+    return {f"{first}_{name}" if len(wrt) > 1 else first: name for first in firsts for name in wrt}
 
 
 def _rules(methods: Sequence[str], rules: Rules) -> list[tuple[str, str]]:

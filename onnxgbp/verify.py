@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -32,17 +33,30 @@ from onnxgbp.compare import (
     resolution,
     structural_faults,
 )
-from onnxgbp.convert import convert
+from onnxgbp.convert import convert, result_names
 from onnxgbp.emit import numel
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.float64 import to_float64
 from onnxgbp.model import METADATA, load
+from onnxgbp.target import parse_unit
 from onnxgbp.trial import Array, Arrays, Run, is_free, onnxruntime_module, random_inputs, rank_of, reference, session
 
 __all__ = ["Check", "Report", "verify_model"]
 
 STANDARD = frozenset({"", "ai.onnx", "ai.onnx.ml"})
-_FACTS = ("version", "method", "rules", "activations", "target", "explained", "wrt", "profile", "sha256")
+_FACTS = (
+    "version",
+    "method",
+    "rules",
+    "audit",
+    "activations",
+    "target",
+    "seed",
+    "explained",
+    "wrt",
+    "profile",
+    "sha256",
+)
 
 # Runtimes fuse differently where more tensors are read: 5e-7 of the range was seen on a residual net.
 _FORWARD = 1e-5
@@ -144,23 +158,38 @@ class _Record:
     @property
     def plain(self) -> bool:
         """Whether the file's own attribution is the plain gradient."""
-        return all(rule.endswith("=gradient") for rule in self.rules)
+        return len(self.methods) == 1 and all(rule.endswith("=gradient") for rule in self.rules)
+
+    @property
+    def methods(self) -> list[str]:
+        return self.said["method"].split(",")
 
     @property
     def results(self) -> dict[str, str]:
         """The outputs that a conversion adds, and the tensor that each is the attribution of."""
-        wrt = self.wrt
-        return {f"attribution_{name}" if len(wrt) > 1 else "attribution": name for name in wrt}
+        return result_names(self.methods, self.wrt)
+
+    @property
+    def plain_results(self) -> dict[str, str]:
+        """The same of a conversion to the plain gradient."""
+        return self.results if self.plain else result_names(["gradient"], self.wrt)
+
+    @property
+    def classes(self) -> int | None:
+        """K, where K classes of each sample are explained."""
+        count = self.said["target"].removeprefix("top").removeprefix("input")
+        return int(count) if count.isdecimal() and count != self.said["target"] else None
 
     def convert(self, model: str | onnx.ModelProto, *, plain: bool = False) -> onnx.ModelProto:
         return convert(
             model,
-            method="gradient" if plain else self.said["method"],
+            methods=["gradient"] if plain else self.methods,
             rule=[] if plain else self.rules[:-1],  # the last is the method
             activations=self.said["activations"],
             target=self.said["target"],
             output=self.said["explained"],
             unit=self.said.get("unit"),
+            seed=self.said["seed"],
             wrt=self.wrt,
             profile=self.said["profile"],
         )
@@ -221,7 +250,7 @@ class _Verification:
         if names[-len(added) :] != added:
             raise _Failed(f"the outputs should end with {', '.join(added)}, and are {', '.join(names)}")
         for result, name in self.record.results.items():
-            if known[result] != known[name]:
+            if known.get(result) != known[name]:
                 raise _Failed(f"output '{result}' is not of the type of '{name}'")
         return f"opset {opset_of(self.proto)}, IR {self.proto.ir_version}{self._raised()}"
 
@@ -341,7 +370,7 @@ class _Verification:
     def _best_step(self, gradient: onnx.ModelProto, kind: str) -> tuple[float, list[float]]:
         """The first step that agrees, or else the nearest, with the relative errors along the directions."""
         feeds = self._cast(self._with_extra(self.feeds), kind)
-        found = self._engine(extract(gradient, self._types, list(self.record.results)), kind)(feeds)
+        found = self._engine(extract(gradient, self._types, list(self.record.plain_results)), kind)(feeds)
         tried = []
         for step in _STEPS[kind]:
             tried.append((step, self._directions(found, kind, step)))
@@ -351,12 +380,13 @@ class _Verification:
 
     def _directions(self, found: Arrays, kind: str, relative: float) -> list[float]:
         errors = list[float]()
-        for result, name in self.record.results.items():
+        for (result, name), place in itertools.product(self.record.plain_results.items(), range(len(self.seeds))):
             cut = extract(self.forward, self._types, [self.record.said["explained"]], stop={name})
             run = self._engine(cut, kind)
             base = self._cast({**self.feeds, **self.middle}, kind)
             x, slope = base[name], found[result].astype(np.float64)
-            seed = self.seed.astype(np.float64)
+            slope = slope if self.record.classes is None else slope[:, place]
+            seed = self.seeds[place].astype(np.float64)
             score = functools.partial(self._score, run, base, name, seed)
             length = float(np.linalg.norm(slope))
             unit = math.sqrt(x.size)
@@ -474,7 +504,8 @@ class _Verification:
     def _fed(self) -> list[onnx.ValueInfoProto]:
         """The inputs of the source, as the file has them."""
         graph = self.proto.graph
-        added = {"input": "target", "seed": "seed"}.get(self.record.said.get("target", ""))
+        target = self.record.said.get("target", "")
+        added = "target" if target.startswith("input") else target if target == "seed" else None
         other = {tensor.name for tensor in graph.initializer} | {added}
         return [value for value in graph.input if value.name not in other]
 
@@ -521,41 +552,63 @@ class _Verification:
 
     def _with_extra(self, feeds: Arrays) -> Arrays:
         """The input that `--target input` or `seed` adds: per sample -1, 0, 1, -1...; a random weighting."""
-        if self.record.said.get("target") not in ("input", "seed"):
+        target, count = self.record.said.get("target", ""), self.record.classes
+        if target != "seed" and not target.startswith("input"):
             return feeds
         explained = self.inner_run(feeds)[self.record.said["explained"]]
-        if self.record.said["target"] == "seed":
+        if target == "seed":
             return feeds | {"seed": np.random.default_rng(2).standard_normal(explained.shape).astype(explained.dtype)}
-        return feeds | {"target": np.arange(len(explained), dtype=np.int64) % min(3, explained.shape[1] + 1) - 1}
+        size = len(explained) * (count or 1)
+        given = np.arange(size, dtype=np.int64) % min(3, explained.shape[1] + 1) - 1
+        return feeds | {"target": given if count is None else given.reshape(-1, count)}
 
     @functools.cached_property
     def expected_target(self) -> Array:
-        """The class or unit that has to be explained for each sample, int64 [N]."""
+        """The class or unit that has to be explained for each sample, int64 [N], or [N, K] for K classes."""
         explained, target = self.middle[self.record.said["explained"]], self.record.said["target"]
         if "unit" in self.record.said:
-            return np.full(len(explained), int(self.record.said["unit"].split(",")[0]))
+            return self._unit[1]
         if target == "seed":
             seed = self._with_extra(self.feeds)["seed"]
             return seed.reshape(len(seed), -1).argmax(1) if seed.ndim > 1 else np.full(len(seed), -1)
-        strongest: Array = explained.reshape(len(explained), -1).argmax(1)
-        if target == "argmax":
-            return strongest
-        given = self._with_extra(self.feeds)["target"] if target == "input" else np.full(len(explained), int(target))
-        return np.where(given == -1, strongest, given)
+        count = self.record.classes
+        best: Array = np.argsort(-explained.reshape(len(explained), -1), axis=1, kind="stable")[:, : count or 1]
+        best = best if count is not None else best[:, 0]
+        if target.startswith("input"):
+            given = self._with_extra(self.feeds)["target"]
+            return np.where(given == -1, best, given)
+        return best if target == "argmax" or count is not None else np.full(len(explained), int(target))
 
     @functools.cached_property
-    def seed(self) -> Array:
-        """The gradient at the explained tensor, made here once more and not by the code under test."""
+    def _unit(self) -> tuple[Array, Array]:
+        """The unit as a seed of ones, and what `attribution_target` has to say of it."""
+        explained = self.middle[self.record.said["explained"]]
+        parts = parse_unit(self.record.said["unit"]) or ()
+        region = np.zeros(explained.shape, bool)
+        region[(slice(None), *(part for part in parts if not isinstance(part, str)))] = True
+        if parts[-1] != "max":
+            first = parts[0].start or 0 if isinstance(parts[0], slice) else int(parts[0])
+            return region.astype(np.float64), np.full(len(explained), first)
+        inside = np.where(region, explained, -np.inf).reshape(len(explained), -1)
+        strongest = inside.argmax(1)
+        seed = np.zeros(inside.shape)
+        seed[np.arange(len(seed)), strongest] = 1
+        return seed.reshape(explained.shape), strongest
+
+    @functools.cached_property
+    def seeds(self) -> list[Array]:
+        """The gradients at the explained tensor, made here once more and not by the code under test."""
         explained = self.middle[self.record.said["explained"]]
         if self.record.said["target"] == "seed":
-            return self._with_extra(self.feeds)["seed"]
-        seed = np.zeros(explained.shape)
+            return [self._with_extra(self.feeds)["seed"]]
         if "unit" in self.record.said:
-            at: Any = (slice(None), *(int(index) for index in self.record.said["unit"].split(",")))
-            seed[at] = 1
+            seeds = [self._unit[0]]
         else:
-            seed.reshape(len(seed), -1)[np.arange(len(seed)), self.expected_target] = 1
-        return seed
+            columns = self.expected_target.reshape(len(explained), -1).T
+            seeds = [np.zeros(explained.shape) for _ in columns]
+            for seed, column in zip(seeds, columns, strict=True):
+                seed.reshape(len(seed), -1)[np.arange(len(seed)), column] = 1
+        return [seed * explained for seed in seeds] if self.record.said["seed"] == "activation" else seeds
 
     @functools.cached_property
     def cost(self) -> float:
