@@ -12,7 +12,7 @@ import importlib.metadata
 import io
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +22,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxgbp.convert import GradientGraph, Rules
+from onnxgbp.diagnose import first_not_finite, why_blank
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.labels import find_label, labels_of
@@ -120,6 +121,8 @@ class Explainer:
         top: explain this many strongest classes of each sample at once, when a call names no target.
         provider: auto (CUDA where it really works, else the CPU), cpu, or cuda (CUDA or an error).
         threads: threads within one operator; None leaves it to ONNX Runtime.
+        diagnose: find out why a map is blank or not finite, for the first such sample of a call. It takes one more run
+            of the model on that sample, with every inner tensor kept.
 
     Raises:
         OnnxgbpError: the model or an option cannot be used, no ONNX Runtime or two of them are installed, or CUDA was
@@ -142,6 +145,7 @@ class Explainer:
         activations: str | Sequence[str] | None = None,
         profile: str | None = None,
         threads: int | None = None,
+        diagnose: bool = True,
     ) -> None:
         if provider not in _PROVIDERS:
             raise OnnxgbpError(f"no provider is called '{provider}': choose one of {', '.join(_PROVIDERS)}")
@@ -152,7 +156,8 @@ class Explainer:
         methods = parse_methods("guided", methods) if methods else ()
         what: dict[str, Any] = {"method": method, "methods": methods, "output": output, "unit": unit, "seed": seed}
         what |= {"wrt": wrt, "rule": rule, "activations": activations, "profile": profile, "top": top}
-        self._options: dict[str, Any] = {**what, "provider": provider, "threads": threads}
+        self._options: dict[str, Any] = {**what, "provider": provider, "threads": threads, "diagnose": diagnose}
+        self._diagnose = diagnose
         self._of_several: dict[int, Explainer] = {}
         self._lock = threading.Lock()
         # Absolute, so that a worker in another folder finds the same file.
@@ -164,27 +169,7 @@ class Explainer:
         """sha256 of the model's bytes, as read."""
         if METADATA + "method" in source.model.metadata_props:
             _refuse_contradictions(source, what)
-            proto = model if isinstance(model, onnx.ModelProto) else onnx.load(str(model), load_external_data=False)
-            explained = source.model.metadata_props[METADATA + "explained"]
-            tensor = next((v for v in _values(source.model) if v.name == explained), None)
-        else:
-            graph = GradientGraph.build(
-                source,
-                target="argmax" if unit is not None else "input" if top is None else f"input{top}",
-                output=output,
-                unit=unit,
-                seed=seed or "one",
-                wrt=wrt,
-                sweeps=len(methods) or 1,
-            )
-            proto = graph.render(
-                method=method or "guided",
-                methods=methods,
-                rule=what["rule"],
-                activations=activations or "all",
-                profile=profile or "ort",
-            )
-            tensor = graph.explained.tensor
+        proto, tensor = self._converted(source)
         dims = dims_of(tensor) if tensor is not None else None
         self.classes = dims[1] if dims and len(dims) > 1 and isinstance(dims[1], int) else None
         """How many classes the explained tensor has; None where the model leaves it open."""
@@ -195,6 +180,26 @@ class Explainer:
         self.provider = "cuda" if self._session.get_providers()[0] == _CUDA else "cpu"
         """Where it runs: cpu or cuda."""
         self._read_interface(proto)
+
+    def _converted(self, source: Source) -> tuple[onnx.ModelProto, ir.Value | None]:
+        """The model that runs, and the tensor that it explains."""
+        model, what = self._model, self._options
+        if METADATA + "method" in source.model.metadata_props:
+            proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
+            explained = source.model.metadata_props[METADATA + "explained"]
+            return proto, next((v for v in _values(source.model) if v.name == explained), None)
+        target = "argmax" if what["unit"] is not None else "input" if what["top"] is None else f"input{what['top']}"
+        place = {name: what[name] for name in ("output", "unit", "wrt")}
+        sweeps = len(what["methods"]) or 1
+        graph = GradientGraph.build(source, target=target, seed=what["seed"] or "one", **place, sweeps=sweeps)
+        proto = graph.render(
+            method=what["method"] or "guided",
+            methods=what["methods"],
+            rule=what["rule"],
+            activations=what["activations"] or "all",
+            profile=what["profile"] or "ort",
+        )
+        return proto, graph.explained.tensor
 
     def _read_interface(self, proto: onnx.ModelProto) -> None:
         """Which inputs and outputs are the source's, and which are ours: ours stand last, in a fixed order."""
@@ -259,7 +264,35 @@ class Explainer:
             samples = len(scores) if scores.ndim else len(chosen)
             if len(chosen) != samples or (np.ndim(target) and len(targets) != samples):  # type: ignore[arg-type]
                 raise OnnxgbpError(_wrong_length(targets, samples))
-        return Explanation(attribution, scores, chosen, outputs, _warning(attributions))
+        return Explanation(attribution, scores, chosen, outputs, self._warning(attributions, feeds))
+
+    def _warning(self, attributions: Sequence[Array], feeds: Mapping[str, Array]) -> str:
+        """Which samples have a blank or a broken map, and why the first of each has."""
+        rows = [np.asarray(a).reshape(len(a), -1) for a in attributions if np.ndim(a) and len(a)]
+        blank = sorted({int(i) for row in rows for i in np.flatnonzero(~row.any(axis=1))})
+        broken = sorted({int(i) for row in rows for i in np.flatnonzero(~np.isfinite(row).all(axis=1))})
+        said = []
+        if blank:
+            why = self._diagnosed(why_blank, feeds, blank[0])
+            said.append(f"nothing but zeros for samples {blank}{why}")
+        if broken:
+            why = self._diagnosed(first_not_finite, feeds, broken[0])
+            said.append(f"numbers that are not finite for samples {broken}{why}")
+        return "; ".join(said)
+
+    def _diagnosed(
+        self, ask: Callable[[onnx.ModelProto, Mapping[str, Array], int], str], feeds: Mapping[str, Array], sample: int
+    ) -> str:
+        """The reason, of one sample where the batch can be cut; '' where the model does not run in full view."""
+        if not self._diagnose:
+            return ""
+        free = self._batch_dim is not None and not isinstance(self._batch_dim, int)
+        if free and len({len(array) for array in feeds.values() if array.ndim}) == 1:
+            feeds, sample = {name: array[sample : sample + 1] for name, array in feeds.items()}, 0
+        try:
+            return f" ({ask(self._converted(load(self._model))[0], feeds, sample)})"
+        except Exception as error:  # noqa: BLE001 - a model that is too large or needs its optimiser has no reason to fail
+            return f" (why could not be found out: {_short(error)})"
 
     def _arranged(self, attributions: Sequence[Array]) -> Any:
         """By method and by tensor, as far as there are several."""
@@ -357,19 +390,6 @@ class Explainer:
             last = "" if self.classes is None else f": the model has {self.classes} classes, 0 to {self.classes - 1}"
             raise OnnxgbpError(f"target {targets[wrong][0]} is out of range{last or '; it counts from 0'}")
         return targets
-
-
-def _warning(attributions: Sequence[Array]) -> str:
-    """Which samples have a blank or a broken map."""
-    rows = [np.asarray(a).reshape(len(a), -1) for a in attributions if np.ndim(a) and len(a)]
-    blank = sorted({int(i) for row in rows for i in np.flatnonzero(~row.any(axis=1))})
-    broken = sorted({int(i) for row in rows for i in np.flatnonzero(~np.isfinite(row).all(axis=1))})
-    said = []
-    if blank:
-        said.append(f"nothing but zeros for samples {blank}: an inactive unit behind a ReLU, or a saturated one?")
-    if broken:
-        said.append(f"numbers that are not finite for samples {broken}")
-    return "; ".join(said)
 
 
 def _wrong_length(given: Array, count: int | None) -> str:

@@ -39,12 +39,15 @@ def onnxruntime_module() -> Any:
     return onnxruntime
 
 
-def session(model: onnx.ModelProto | Path) -> Run:
-    """A model in onnxruntime, as a function from its inputs to its outputs by name."""
+def session(model: onnx.ModelProto | Path, *, optimise: bool = True) -> Run:
+    """A model in onnxruntime, as a function from its inputs to its outputs by name.
+
+    Without `optimise` each node runs as it stands.
+    """
     runtime = onnxruntime_module()
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # what it logs, it raises as well
-    if _is_quantised(model):
+    if not optimise or _is_quantised(model):
         # Its integer kernels round on their own, and reading a tensor inside such a group takes the group apart.
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     data = str(model) if isinstance(model, Path) else model.SerializeToString()
