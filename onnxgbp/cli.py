@@ -193,6 +193,12 @@ def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
 @_model
 @_what
 @_target
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True),
+    help="A folder of photos, a .npy or .npz: measure what each gate removes of the gradient.",
+)
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Use this much of --data.")
 @_json
 def inspect(model: Path, as_json: bool, **options: Any) -> None:
     """Says what would be explained, every activation and what the method does to it, and what is missing."""

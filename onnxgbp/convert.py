@@ -232,25 +232,37 @@ class GradientGraph:
         counted = f"{len(rows)} activations, {plain} of them plain" if "method" not in (rows or [{}])[0] else "audited"
         return f"{describe(skeleton)}; {counted}"
 
+    def measured(
+        self, *, method: str = "guided", rule: Rules = (), activations: str | Sequence[str] = "all"
+    ) -> onnx.ModelProto:
+        """The model under one choice of rules with outputs that measure the gates, for `energy.gate_energies`."""
+        return to_proto(self._finished([method], rule, activations, "ort", measure=True), self.source)
+
     def _finished(
-        self, methods: Sequence[str], rule: Rules, activations: str | Sequence[str], profile: str
+        self,
+        methods: Sequence[str],
+        rule: Rules,
+        activations: str | Sequence[str],
+        profile: str,
+        *,
+        measure: bool = False,
     ) -> ir.Model:
         if profile not in PROFILES:
             raise OnnxgbpError(f"no profile is called '{profile}': choose one of {', '.join(PROFILES)}")
         if len(methods) != self.arguments["sweeps"]:
             again = GradientGraph.build(self.source, **self.arguments | {"sweeps": len(methods)})
-            return again._finished(methods, rule, activations, profile)
+            return again._finished(methods, rule, activations, profile, measure=measure)
         rules = [rule] if isinstance(rule, str) else list(rule)
         choices = [self.choices(method=method, rule=rules, activations=activations) for method in methods]
         model = self.model.clone()
         op = Emit(model.graph)
         _name_sweeps(op, methods)
         try:
-            install(op, choices)
+            install(op, choices, measure=measure)
             lower(op, profile)
         except OpsetTooLowError as error:
             again = GradientGraph.build(raised(self.source, error.opset), **self.arguments)
-            return again._finished(methods, rules, activations, profile)
+            return again._finished(methods, rules, activations, profile, measure=measure)
         merge_equal(model.graph)
         prune(model.graph)
         _join_outputs(model.graph)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import output_file, write
-from onnxgbp.images import SUFFIXES, Preprocessing, read
+from onnxgbp.images import Preprocessing, photos_in, read
 from onnxgbp.labels import labels_of
 from onnxgbp.model import METADATA
 from onnxgbp.render import PERCENTILE, overlay, signed_picture
@@ -156,18 +156,7 @@ def _model_and_images(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
     model, *rest = paths if given else (DEFAULT_MODEL, *paths)
     images: list[Path] = []
     for path in rest:
-        if not path.is_dir():
-            images.append(path)
-            continue
-        try:
-            inside = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and not _is_ours(p)
-            )
-        except OSError as error:
-            raise OnnxgbpError(f"cannot read {path}: {error.strerror}") from None
-        if not inside:
-            raise OnnxgbpError(f"no image in the folder {path}: looked for {', '.join(sorted(SUFFIXES))}")
-        images += inside
+        images += photos_in(path) if path.is_dir() else [path]
     if not images:
         raise OnnxgbpError("no image given: name at least one, or a folder of them")
     if not given and not model.is_file():
@@ -176,11 +165,6 @@ def _model_and_images(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
             "or name a model: onnxgbp explain MODEL.onnx IMAGE..."
         )
     return model, images
-
-
-def _is_ours(path: Path) -> bool:
-    """A picture of an earlier run into the same folder."""
-    return path.name.endswith((".attribution.png", ".overlay.png"))
 
 
 def _make_folder(out: Path) -> None:

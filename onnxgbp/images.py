@@ -17,7 +17,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.model import METADATA
 from onnxgbp.runtime import InputSpec
 
-__all__ = ["SUFFIXES", "Preprocessing", "read"]
+__all__ = ["SUFFIXES", "Preprocessing", "photos_in", "read"]
 
 SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 
@@ -137,6 +137,28 @@ class Preprocessing:
         parts += [self.channels, f"scale {self.scale:.6g}"]
         parts += [f"{name} {','.join(f'{v:g}' for v in getattr(self, name))}" for name in ("mean", "std")]
         return ", ".join([*parts, self.layout])
+
+
+_OURS = (".attribution.png", ".overlay.png")  # what `explain` writes, perhaps into the folder of its photos
+
+
+def photos_in(folder: Path) -> list[Path]:
+    """The photos of a folder, sorted by name, without the pictures that an earlier run put there.
+
+    Raises:
+        OnnxgbpError: it cannot be read, or holds none.
+    """
+    try:
+        inside = sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.endswith(_OURS)
+        )
+    except OSError as error:
+        raise OnnxgbpError(f"cannot read {folder}: {error.strerror}") from None
+    if not inside:
+        raise OnnxgbpError(f"no image in the folder {folder}: looked for {', '.join(sorted(SUFFIXES))}")
+    return inside
 
 
 def read(path: Path) -> Image.Image:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -66,13 +67,17 @@ def inspect_model(
     rule: Rules = (),
     activations: str | Sequence[str] = "all",
     profile: str = "ort",
+    data: str | Path | None = None,
+    limit: int = 100,
 ) -> Inspection:
     """Says what `convert` would do with a model under the same options, or what an already converted file holds.
 
     A model that cannot be converted is no error: what stands in the way is listed under `obstacles` and `missing`.
+    With `data`, a folder of photos, a .npy or a .npz, each activation also gets an `energy`: which share of the
+    gradient its gates remove, see `energy.py`, over at most `limit` samples.
 
     Raises:
-        OnnxgbpError: the file cannot be read as a model.
+        OnnxgbpError: the file cannot be read as a model, or the data not as its inputs.
     """
     source = load(model)
     proto = onnx.load(model, load_external_data=False)
@@ -88,10 +93,13 @@ def inspect_model(
     found = _source_facts(source, options, place)
     if not found["missing"] and not found["obstacles"]:
         try:
-            made = GradientGraph.build(source, **place).render(**options, profile=profile)
-            found["notes"] += _raised(proto, made)
+            graph = GradientGraph.build(source, **place)
+            found["notes"] += _raised(proto, graph.render(**options, profile=profile))
         except OnnxgbpError as error:
             found["obstacles"].append(str(error))
+        else:
+            if data is not None:
+                found["samples"] = _measured(graph, found["activations"], data, limit, options)
     found["convertible"] = not found["missing"] and not found["obstacles"]
     parsed = parse_unit(unit)
     asked = {
@@ -101,6 +109,35 @@ def inspect_model(
         "seed": seed,
     }
     return Inspection(facts | {"converted": False} | asked | found)
+
+
+def _measured(
+    graph: GradientGraph, rows: list[dict[str, Any]], data: str | Path, limit: int, options: Mapping[str, Any]
+) -> int:
+    """Puts its `energy` in each row; the number of samples."""
+    from onnxgbp.data import batches  # Pillow and onnxruntime: only where something is run
+    from onnxgbp.energy import gate_energies
+    from onnxgbp.runtime import InputSpec
+
+    inputs = [
+        InputSpec(value.name or "", np.dtype(value.dtype.numpy()), dims_of(value) or ())
+        for value in graph.source.model.graph.inputs
+        if not value.is_initializer() and value.dtype is not None
+    ]
+    target = graph.options["target"]
+    if target == "seed" or target.startswith("input"):
+        raise OnnxgbpError(f"target {target} has to be fed, and the data has no such input: choose argmax or a class")
+    names = list[str]()
+
+    def feeds() -> Iterable[dict[str, Any]]:
+        for batch in batches(data, inputs, graph.source.model.metadata_props, limit=limit):
+            names.extend(batch.names)
+            yield batch.feeds
+
+    energies = gate_energies(graph.measured(**options), feeds())
+    for row in rows:
+        row["energy"] = energies.get(row["node"])
+    return len(names)
 
 
 def _file_facts(proto: onnx.ModelProto) -> dict[str, Any]:
@@ -258,12 +295,15 @@ def _source_text(found: Mapping[str, Any]) -> list[str]:
     if rows:
         plain = len(found["plain"])
         lines.append(f"activations on the path: {len(rows)}, {plain} of them plain")
+        if "samples" in found:
+            lines.append(f"share of the gradient's energy that gates remove, over {found['samples']} samples")
         lines += _aligned(
             [
                 (
                     f"  {row['node']}",
                     row["kind"] if row["spelled"] == row["kind"] else f"{row['kind']} as {row['spelled']}",
                     row["rule"],
+                    _energy_text(row.get("energy")),
                     "; ".join(filter(None, (row["reason"], row["note"]))),
                 )
                 for row in rows
@@ -275,6 +315,14 @@ def _source_text(found: Mapping[str, Any]) -> list[str]:
     lines += [f"obstacle   {obstacle}" for obstacle in found["obstacles"]]
     lines.append(f"convertible: {'yes' if found['convertible'] else 'no'}")
     return lines
+
+
+def _energy_text(energy: Mapping[str, float | None] | None) -> str:
+    if energy is None:
+        return ""
+    if energy["x_gate"] is None:
+        return "no gradient arrives"
+    return f"x-gate {energy['x_gate']:.0%}, dy-gate {energy['dy_gate']:.0%}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -33,6 +33,7 @@ from onnxgbp.lower import replace_calls
 from onnxgbp.step import label
 
 __all__ = [
+    "MEASURED",
     "RULES",
     "Choice",
     "Edge",
@@ -331,13 +332,19 @@ def choose(
     return choices
 
 
-def install(op: Emit, choices: Sequence[Mapping[str, Choice]]) -> None:
+MEASURED = "onnxgbp/energy/"  # and the node: how an output is called that measures what a gate lets through
+
+
+def install(op: Emit, choices: Sequence[Mapping[str, Choice]], *, measure: bool = False) -> None:
     """Replaces each marked activation step by its rule.
 
     Args:
         op: writes to the graph that holds the marked calls.
         choices: for each sweep through the graph, by the name of the tensor y.
+        measure: adds an output for each activation of the main graph: the sums of squares, float32 [4], of the gradient
+            that arrives, of its plain step, of that step where it arrives negative, and of what the rule lets through.
     """
+    energies: dict[str, ir.Value] = {}
 
     def rewrite(op: Emit, node: ir.Node) -> ir.Value:
         x, y, dy, *tensors = (value for value in node.inputs if value is not None)
@@ -346,6 +353,20 @@ def install(op: Emit, choices: Sequence[Mapping[str, Choice]]) -> None:
         arguments = {name: next(given) if isinstance(v, ir.Value) else v for name, v in marked.arguments.items()}
         activation = dataclasses.replace(marked, x=x, y=y, arguments=arguments)
         rule, numbers = _find(choices[node.meta["sweep"]][y.name or ""].rule)
-        return rule(Edge(op, activation, dy), *numbers)
+        edge = Edge(op, activation, dy)
+        passed = rule(edge, *numbers)
+        if measure and node.graph is op.graph:
+            negative = edge.step(op.Sub(dy, op.Relu(dy)))
+            parts = [_square_sum(op, value) for value in (dy, edge.step(dy), negative, passed)]
+            energies[MEASURED + label(marked.node)] = op.Concat(*parts, axis=0)
+        return passed
 
     replace_calls(op, {"Activation": rewrite})
+    for name, energy in energies.items():
+        energy.name, energy.shape = name, ir.Shape([4])
+        op.graph.outputs.append(energy)
+
+
+def _square_sum(op: Emit, value: ir.Value) -> ir.Value:
+    wide = op.Cast(op.Reshape(value, [-1]), to=int(ir.DataType.FLOAT))
+    return op.ReduceSumSquare(wide, axes=[0])

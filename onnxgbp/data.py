@@ -1,0 +1,143 @@
+"""A data set as batches of the model's inputs: a folder of photos, one photo, or arrays in .npy or .npz."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxgbp.errors import OnnxgbpError
+from onnxgbp.images import Preprocessing, photos_in, read
+from onnxgbp.runtime import InputSpec
+
+__all__ = ["Batch", "batches"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """names: of the samples, a file or an index each; feeds: the arrays by input name.
+
+    Where the model fixes its batch, the last one is filled up with copies: only the first len(names) samples count.
+    """
+
+    names: tuple[str, ...]
+    feeds: dict[str, Array]
+
+
+def batches(
+    path: str | Path,
+    inputs: Sequence[InputSpec],
+    metadata: Mapping[str, str],
+    *,
+    size: int = 8,
+    limit: int | None = None,
+    on_error: Callable[[str], Any] | None = None,
+    **preprocessing: Any,
+) -> Iterator[Batch]:
+    """Reads a data set batch by batch; memory does not grow with its length.
+
+    Args:
+        path: a folder of photos or one photo, for a model of one image input; a .npy with the samples along axis 0, for
+            a model of one input; or a .npz with an array for each input.
+        inputs: what the model takes; where it fixes the batch, `size` follows.
+        metadata: the model's, which says how a photo is prepared.
+        size: samples in a batch. Photos of different sizes never share one.
+        limit: read no more samples than this.
+        on_error: is told of a photo that cannot be read, which is then left out; without it the error is raised.
+        **preprocessing: overrides, as for `Preprocessing.of`.
+
+    Raises:
+        OnnxgbpError: nothing there, or nothing that fits the model.
+    """
+    path = Path(path)
+    fixed = inputs[0].shape[0] if inputs and inputs[0].shape else None
+    size = fixed if isinstance(fixed, int) else size
+    samples = _arrays(path, inputs) if path.suffix.lower() in (".npy", ".npz") else None
+    if samples is None:
+        if len(inputs) != 1:
+            raise OnnxgbpError(f"the model takes {len(inputs)} inputs: give them as arrays in a .npz file")
+        samples = _photos(path, inputs[0], Preprocessing.of(metadata, inputs[0], **preprocessing), on_error)
+    found = False
+    for batch in _grouped(samples, size, limit):
+        found = True
+        names = tuple(name for name, _ in batch)
+        filled = [sample for _, sample in batch]
+        filled += [filled[-1]] * (size - len(filled) if isinstance(fixed, int) else 0)
+        yield Batch(names, {name: np.stack([sample[name] for sample in filled]) for name in filled[0]})
+    if not found:
+        raise OnnxgbpError(f"no sample could be read from {path}")
+
+
+_Sample = tuple[str, dict[str, Array]]
+
+
+def _grouped(samples: Iterator[_Sample], size: int, limit: int | None) -> Iterator[list[_Sample]]:
+    group: list[_Sample] = []
+    for count, sample in enumerate(samples):
+        if limit is not None and count >= limit:
+            break
+        shapes = [array.shape for array in sample[1].values()]
+        if group and (len(group) == size or [array.shape for array in group[0][1].values()] != shapes):
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
+
+
+def _photos(
+    path: Path, spec: InputSpec, prepared: Preprocessing, on_error: Callable[[str], Any] | None
+) -> Iterator[_Sample]:
+    for photo in photos_in(path) if path.is_dir() else [path]:
+        array = _photo(photo, prepared, on_error)
+        if array is not None:
+            yield str(photo), {spec.name: array.astype(spec.dtype)}
+
+
+def _photo(photo: Path, prepared: Preprocessing, on_error: Callable[[str], Any] | None) -> Array | None:
+    try:
+        return prepared.prepare(read(photo))
+    except OnnxgbpError as error:
+        if on_error is None:
+            raise
+        said = str(error)
+        on_error(said if str(photo) in said else f"{photo}: {said}")
+        return None
+
+
+def _arrays(path: Path, inputs: Sequence[InputSpec]) -> Iterator[_Sample]:
+    try:
+        if path.suffix.lower() == ".npy":
+            if len(inputs) != 1:
+                raise OnnxgbpError(f"the model takes {len(inputs)} inputs: give them as arrays in a .npz file")
+            arrays = {inputs[0].name: np.load(path, mmap_mode="r", allow_pickle=False)}
+        else:
+            with np.load(path, allow_pickle=False) as held:
+                arrays = {name: held[name] for name in held.files}
+    except (OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or "no array of numbers in numpy's format"
+        raise OnnxgbpError(f"cannot read {path}: {reason}") from None
+    if missing := [spec.name for spec in inputs if spec.name not in arrays]:
+        raise OnnxgbpError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; input '{missing[0]}' is missing")
+    counts = {len(arrays[spec.name]) if arrays[spec.name].ndim else 0 for spec in inputs}
+    if len(counts) != 1:
+        raise OnnxgbpError(f"the arrays in {path} hold different numbers of samples: {sorted(counts)}")
+    for spec in inputs:
+        array = arrays[spec.name]
+        dims = spec.shape[1:]
+        fits = array.ndim == len(spec.shape) and all(
+            not isinstance(dim, int) or dim == length for dim, length in zip(dims, array.shape[1:], strict=True)
+        )
+        if not fits or (array.dtype != spec.dtype and (array.dtype.kind != "f" or spec.dtype.kind != "f")):
+            expected = ", ".join(str(dim or "?") for dim in ("N", *dims))
+            raise OnnxgbpError(
+                f"{spec} is {spec.dtype} [{expected}], but {path} holds {array.dtype} {list(array.shape)}"
+            )
+    for i in range(counts.pop()):
+        yield str(i), {spec.name: np.asarray(arrays[spec.name][i], spec.dtype) for spec in inputs}
