@@ -90,7 +90,10 @@ _what = _options(
         help="What is sent back from the target: 1, or its own activation.",
     ),
     click.option(
-        "--wrt", multiple=True, metavar="TENSOR", help="Attribute to this tensor.  [default: every float input]"
+        "--wrt",
+        multiple=True,
+        metavar="TENSOR",
+        help="Attribute to this tensor.  [default: every float input; of ids their lookup, of integer pixels their floats]",
     ),
     click.option(
         "--rule",

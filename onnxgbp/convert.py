@@ -19,6 +19,7 @@ from onnxgbp.differentiate import differentiate, refuse_missing
 from onnxgbp.emit import PRIVATE, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.external import copy_beside
+from onnxgbp.inputs import attributed
 from onnxgbp.labels import labels_of
 from onnxgbp.lower import PROFILES, lower, merge_equal, prune
 from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
@@ -36,7 +37,6 @@ from onnxgbp.target import (
     resolve_target,
     stripped_text,
     unit_text,
-    wrt_tensors,
 )
 
 __all__ = ["GradientGraph", "Rules", "convert", "describe", "result_names"]
@@ -62,7 +62,7 @@ def convert(
 
     The result has the source's inputs (and `target`, int64 [N], -1 for argmax, or `seed`, the shape of the explained
     tensor, where those are asked for), the source's outputs first, then `attribution` (raw and signed, shape and type
-    of the explained input; `attribution_<name>` each for several), then `attribution_target` (int64 [N]).
+    of what is attributed to; `attribution_<name>` each for several), then `attribution_target` (int64 [N]).
     With K classes a sample, attributions are [N, K, ...] and `attribution_target` is [N, K]. With several methods there
     is an `attribution_<method>` for each, over one forward pass.
 
@@ -78,7 +78,8 @@ def convert(
         unit: of an inner tensor, the place behind the batch axis: a channel, a channel and a position, a slice (its
             sum), or max for the strongest unit: 3, '3,7,7', '3:6', '3,max'.
         seed: one, or activation: the value at the target itself, as deconvnet's authors project a feature map.
-        wrt: the tensors to attribute to; by default every float input.
+        wrt: the tensors to attribute to; by default every float input, or, where the model has none, what is looked
+            up for token ids and the floats of a uint8 picture: see `inputs.py`.
         rule: (pattern, rule) pairs or 'PATTERN=RULE' strings; the first pattern that matches wins over `method`: a glob
             over node names, `type:` and a glob over operators, or `depth:<5`.
         activations: all, relu, or names: which activations get the rule, the others stay plain.
@@ -143,7 +144,8 @@ class GradientGraph:
         graph = model.graph
         for node in graph:
             node.meta["forward"] = True
-        inputs = wrt_tensors(graph, arguments["wrt"])
+        chosen = attributed(graph, arguments["wrt"], arguments["output"])
+        inputs = chosen.tensors
         explained = explained_tensor(graph, inputs, arguments["output"])
         found = recognise(graph)
         refuse_missing(graph, explained.tensor, inputs, found)  # first: behind an unknown operator no shape is known
@@ -180,6 +182,8 @@ class GradientGraph:
             options["unit"] = unit_text(arguments["unit"])
         if explained.stripped:
             options["stripped"] = stripped_text(explained)
+        if chosen.note:
+            options["attributed"] = chosen.note
         order = [activation for activation in found.values() if activation in marked]
         order += [activation for activation in marked if activation.node not in found]  # in the bodies of control flow
         return cls(source, model, tuple(order), depths(graph, order), explained, options, arguments)
@@ -340,6 +344,7 @@ def describe(converted: onnx.ModelProto) -> str:
     wrt = ", ".join(f"'{name}'" for name in json.loads(said["wrt"]))
     unit = f"unit {said['unit']}" if "unit" in said else f"target {said['target']}"
     behind = f", {said['stripped']}" if "stripped" in said else ""
+    behind += f"; {said['attributed']}" if "attributed" in said else ""
     others = [rule for rule in json.loads(said["rules"]) if rule != f"*={said['method']}"]
     mixed = f", with {', '.join(others)}," if others else ""
     return f"{said['method']}{mixed} of '{said['explained']}' ({unit}) with respect to {wrt}{behind}"

@@ -110,9 +110,9 @@ def explain_images(
         for path, stem in zip(steps, _stems(images), strict=True):
             try:
                 photo = read(path)
-                x = prepared.prepare(photo)[np.newaxis]
+                x = _as_pixels(prepared.prepare(photo)[np.newaxis], explainer.inputs[0].dtype)
                 result = explainer(x, target)
-                entry, pictures, attribution = _explained(explainer, prepared, photo, result, labels)
+                entry, pictures, attribution = _explained(explainer, prepared, photo, x, result, labels)
             except OnnxgbpError as error:
                 said = str(error)
                 said = said if said.startswith(f"cannot read {path}") else f"{path}: {said}"
@@ -218,11 +218,18 @@ def _progress(images: list[Path], echo: Callable[[str], Any]) -> Iterator[tuple[
 
 
 def _explained(
-    explainer: Explainer, prepared: Preprocessing, photo: Image.Image, result: Explanation, labels: list[str]
+    explainer: Explainer,
+    prepared: Preprocessing,
+    photo: Image.Image,
+    x: npt.NDArray[Any],
+    result: Explanation,
+    labels: list[str],
 ) -> tuple[dict[str, Any], dict[str, Image.Image], npt.NDArray[Any]]:
     """What the manifest says of one image, its pictures, and the raw attribution without the batch axis."""
     attribution: npt.NDArray[Any] = result.attribution[0]
-    own = explainer.wrt[0] == explainer.inputs[0].name
+    # A picture of integers is attributed to at its floats, which lie as its pixels do unless they were turned before.
+    as_floats = METADATA + "attributed" in explainer.metadata and attribution.shape == x.shape[1:]
+    own = explainer.wrt[0] == explainer.inputs[0].name or as_floats
     layout, channels = (prepared.layout, prepared.channels) if own else ("nchw", "")
     signed = signed_picture(attribution, layout=layout, channels=channels)
     laid = overlay(attribution, prepared.cropped(photo), layout=layout)
@@ -246,6 +253,17 @@ def _explained(
     return entry, {"attribution": signed.image, "overlay": laid.image}, attribution
 
 
+def _as_pixels(x: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The prepared photo as the whole numbers that a model of integers takes."""
+    if dtype.kind == "f":
+        return x
+    if dtype.kind not in "iu" or x.min() < np.iinfo(dtype).min or x.max() > np.iinfo(dtype).max:
+        raise OnnxgbpError(
+            f"the model takes pixels as {dtype}, which cannot hold {x.min():g} to {x.max():g}: see --scale, --mean"
+        )
+    return np.rint(x).astype(dtype)
+
+
 def _label(labels: list[str], index: int) -> str | None:
     return labels[index] if 0 <= index < len(labels) else None
 
@@ -253,7 +271,7 @@ def _label(labels: list[str], index: int) -> str | None:
 def _headline(explainer: Explainer) -> str:
     said = {key.removeprefix(METADATA): value for key, value in explainer.metadata.items()}
     unit = f" (unit {said['unit']})" if "unit" in said else ""
-    behind = f"; {said['stripped']}" if "stripped" in said else ""
+    behind = "".join(f"; {said[name]}" for name in ("stripped", "attributed") if name in said)
     rules = [rule for rule in json.loads(said["rules"]) if rule != f"*={said['method']}"]
     mixed = f", with {', '.join(rules)}" if rules else ""
     what = f"{said['method']}{mixed} of '{said['explained']}'{unit}"

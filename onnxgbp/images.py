@@ -70,7 +70,8 @@ class Preprocessing:
         with the overrides that are not None.
 
         Without metadata: layout, channels and crop from the input's shape, size the shorter side of that crop (so that
-        nothing but the overhang of the longer side is lost), pixels scaled to 0..1, no mean, no std. `assumed` says so.
+        nothing but the overhang of the longer side is lost), pixels scaled to 0..1 (0..255 where the input takes
+        integers), no mean, no std. `assumed` says so.
 
         Raises:
             OnnxgbpError: malformed metadata or options, an input that is no picture, or a crop that is not its size.
@@ -196,6 +197,7 @@ class _Shape:
     channels: int | None
     height: int | None
     width: int | None
+    scale: float
 
     @classmethod
     def of(cls, spec: InputSpec, layout: Any) -> _Shape:
@@ -212,10 +214,10 @@ class _Shape:
                 f"{spec} of shape [{shape}] has {channels} channels as {layout}, where a picture has 1 or 3: "
                 "use onnxgbp.Explainer on arrays, or give --layout"
             )
-        return cls(layout, channels, height, width)
+        return cls(layout, channels, height, width, 1 / 255 if spec.dtype.kind == "f" else 1.0)
 
     def assumptions(self) -> dict[str, Any]:
-        values: dict[str, Any] = {"channels": "grey" if self.channels == 1 else "rgb", "scale": 1 / 255}
+        values: dict[str, Any] = {"channels": "grey" if self.channels == 1 else "rgb", "scale": self.scale}
         values |= {"mean": (0.0,), "std": (1.0,), "layout": self.layout}
         return values | ({"crop": (self.height, self.width)} if self.height and self.width else {})
 

@@ -21,11 +21,12 @@ from onnxgbp.differentiate import Path as Nodes
 from onnxgbp.differentiate import find_path, missing_rules
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.inputs import Attributed, attributed
 from onnxgbp.model import METADATA, OLDEST_OPSET, Source, load
 from onnxgbp.recognise import recognise
 from onnxgbp.rules import Choice, audit, choose, depths, parse_activations, parse_rules
 from onnxgbp.step import label
-from onnxgbp.target import Explained, explained_tensor, parse_unit, stripped_text, unit_text, wrt_tensors
+from onnxgbp.target import Explained, explained_tensor, parse_unit, stripped_text, unit_text
 from onnxgbp.vjps import FAMILIES, ZERO_GRADIENT, Entry
 
 __all__ = ["Inspection", "inspect_model", "operator_markdown", "operator_table", "operator_text"]
@@ -190,11 +191,11 @@ def _converted_facts(proto: onnx.ModelProto) -> dict[str, Any]:
 def _source_facts(source: Source, options: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
     graph, obstacles = source.model.graph, list[str]()
     names = [place["wrt"]] if isinstance(place["wrt"], str) else list(place["wrt"])
-    inputs, explained, path = list[ir.Value](), None, Nodes()
+    chosen, explained, path = Attributed((), ()), None, Nodes()
     try:
-        inputs = wrt_tensors(graph, names)
-        explained = explained_tensor(graph, inputs, place["output"])
-        path = find_path(graph, explained.tensor, inputs)
+        chosen = attributed(graph, names, place["output"])
+        explained = explained_tensor(graph, chosen.tensors, place["output"])
+        path = find_path(graph, explained.tensor, chosen.tensors)
     except OnnxgbpError as error:
         obstacles.append(str(error))
     found = recognise(graph)
@@ -208,13 +209,14 @@ def _source_facts(source: Source, options: Mapping[str, Any], place: Mapping[str
         obstacles.append(str(error))
     return {
         "explained": _explained_facts(explained) if explained is not None else None,
-        "wrt": [_tensor_facts(value) for value in inputs],
+        "wrt": [_tensor_facts(value) for value in chosen.tensors],
         "activations": audit(choices),
         "plain": [choice.name for choice in choices if choice.rule == "gradient"],
         "not_reached": [label(node) for node, activation in found.items() if activation not in passed],
         "missing": _missing_facts(missing),
         "obstacles": obstacles,
-        "notes": _notes(explained, found, choices) if explained is not None else [],
+        "notes": [chosen.note] * bool(chosen.note)
+        + (_notes(explained, found, choices) if explained is not None else []),
     }
 
 

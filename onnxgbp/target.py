@@ -23,6 +23,7 @@ __all__ = [
     "Seed",
     "Unit",
     "explained_tensor",
+    "find_tensor",
     "make_seed",
     "parse_class",
     "parse_seed",
@@ -31,7 +32,6 @@ __all__ = [
     "resolve_target",
     "stripped_text",
     "unit_text",
-    "wrt_tensors",
 ]
 
 Unit: TypeAlias = "tuple[int | slice | str, ...]"
@@ -205,25 +205,6 @@ def find_tensor(graph: ir.Graph, name: str, option: str) -> ir.Value:
 
 def _names(values: Sequence[ir.Value]) -> str:
     return ", ".join(f"'{value.name}'" for value in values)
-
-
-def wrt_tensors(graph: ir.Graph, names: Sequence[str]) -> list[ir.Value]:
-    """The tensors to attribute to: those named, or else every float input.
-
-    Raises:
-        OnnxgbpError: no such tensor, or no float input.
-    """
-    if names:
-        return [find_tensor(graph, name, "--wrt") for name in dict.fromkeys(names)]
-    inputs = [value for value in graph.inputs if not value.is_initializer() and is_float(value)]
-    if not inputs:
-        first = next(
-            (node.outputs[0] for node in graph if is_float(node.outputs[0]) and node.op_type in ("Gather", "Cast")),
-            None,
-        )
-        hint = f", for instance --wrt {first.name}" if first is not None else ""
-        raise OnnxgbpError(f"the model has no float input to attribute to; name an inner float tensor{hint}")
-    return inputs
 
 
 def explained_tensor(graph: ir.Graph, wrt: Sequence[ir.Value], name: str | None) -> Explained:

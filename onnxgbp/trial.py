@@ -29,6 +29,9 @@ Arrays: TypeAlias = dict[str, Array]
 Run: TypeAlias = "Callable[[Mapping[str, Array]], dict[str, Any]]"
 
 
+_FLOATS = {getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")}
+
+
 def onnxruntime_module() -> Any:
     try:
         import onnxruntime  # heavy, and converting does not need it
@@ -79,8 +82,14 @@ def reference(model: onnx.ModelProto) -> Run:
     return run
 
 
-def random_inputs(values: Sequence[onnx.ValueInfoProto], batch: int, sizes: tuple[int, int], scale: float) -> Arrays:
-    """Seeded inputs: normal for floats, small numbers for token ids, ones for masks."""
+def random_inputs(
+    values: Sequence[onnx.ValueInfoProto],
+    batch: int,
+    sizes: tuple[int, int],
+    scale: float,
+    ranges: Mapping[str, range],
+) -> Arrays:
+    """Seeded inputs: normal for floats; of the others numbers from their range, and ones where there is none."""
     batches = {value.type.tensor_type.shape.dim[0].dim_param for value in values if is_free(value, 0)} - {""}
     rng, feeds = np.random.default_rng(0), Arrays()
     for value in values:
@@ -89,11 +98,11 @@ def random_inputs(values: Sequence[onnx.ValueInfoProto], batch: int, sizes: tupl
             free = batch if axis == 0 or dim.dim_param in batches else sizes[not (axis == 1 and rank_of(value) == 4)]
             dims.append(dim.dim_value if dim.dim_value > 0 else free)
         kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        if value.type.tensor_type.elem_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.UINT8):
-            given = np.ones(dims) if "mask" in value.name else rng.integers(0, 10, dims)
-            feeds[value.name] = np.asarray(given, kind)
+        if value.type.tensor_type.elem_type in _FLOATS:
+            given = rng.standard_normal(dims) * scale
         else:
-            feeds[value.name] = np.asarray(rng.standard_normal(dims) * scale, kind)
+            given = rng.choice(ranges.get(value.name, range(1, 2)), dims)
+        feeds[value.name] = np.asarray(given, kind)
     return feeds
 
 

@@ -37,6 +37,7 @@ from onnxgbp.convert import convert, result_names
 from onnxgbp.emit import numel
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.float64 import to_float64
+from onnxgbp.inputs import integer_ranges
 from onnxgbp.model import METADATA, load
 from onnxgbp.target import parse_unit
 from onnxgbp.trial import Array, Arrays, Run, is_free, onnxruntime_module, random_inputs, rank_of, reference, session
@@ -510,6 +511,10 @@ class _Verification:
         return [value for value in graph.input if value.name not in other]
 
     @functools.cached_property
+    def _ranges(self) -> dict[str, range]:
+        return integer_ranges(self.converted.model.graph)
+
+    @functools.cached_property
     def free_sizes(self) -> tuple[int, int]:
         """Channels, and any other free dim that is not the batch, with which the model runs."""
         choices = [(channels, size) for size in _SIZES for channels in _CHANNELS]
@@ -517,14 +522,14 @@ class _Verification:
             return choices[0]
         for sizes in choices:
             try:
-                session(self.forward)(random_inputs(self._fed, 1, sizes, 1.0))
+                session(self.forward)(random_inputs(self._fed, 1, sizes, 1.0, self._ranges))
             except Exception:  # noqa: BLE001, S112 - too small for its strides, say: the next is tried
                 continue
             return sizes
         raise _Failed(f"the model runs with none of the sizes {', '.join(map(str, _SIZES))} for its free dims")
 
     def inputs(self, batch: int | None, scale: float = 1.0) -> Arrays:
-        return random_inputs(self._fed, batch or 2, self.free_sizes, scale)
+        return random_inputs(self._fed, batch or 2, self.free_sizes, scale, self._ranges)
 
     @functools.cached_property
     def feeds(self) -> Arrays:

@@ -190,7 +190,7 @@ def test_an_unknown_domain_is_named(tmp_path: Path) -> None:
     ("body", "said"),
     [
         ("net (float[N, 4] x) => (float[N, 4] y, float[N, 4] z) { y = Relu (x)  z = Neg (x) }", "ambiguous output"),
-        ("net (int64[N, 4] x) => (int64[N, 4] y) { y = Neg (x) }", "no float input"),
+        ("net (int64[N, 4] x) => (int64[N, 4] y) { y = Neg (x) }", "no tensor to attribute to"),
         ("net (float[N, 4] x) => (bool[N, 4] y) { y = IsNaN (x) }", "no output depends"),
         ("net (float[N, 4, 5] x) => (float[N, 4, 5] y) { y = Relu (x) }", "--unit"),
     ],

@@ -395,9 +395,9 @@ def test_bert_optimised_for_transformers(exported: Path, tmp_path: Path, multi_h
     feeds = bert_feeds(source)
     for name, array in bert_feeds(fused).items():
         assert np.array_equal(feeds[name], array)
-    for method in METHODS:
+    for method, where in [(method, embedded) for method in METHODS] + [("guided", lambda _model: ())]:
         wanted, got = (
-            ort_run(onnxgbp.convert(model, method=method, wrt=embedded(model)), bert_feeds(model))
+            ort_run(onnxgbp.convert(model, method=method, wrt=where(model)), bert_feeds(model))
             for model in (source, fused)
         )
         assert forward_error({"y": wanted["y"]}, got) <= 1e-5
