@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from onnxgbp.convert import GradientGraph
+from onnxgbp.convert import GradientGraph, fixed_scale
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.lower import PROFILES
 from onnxgbp.model import load
 from onnxgbp.rules import RULES, parse_method, parse_methods
+from onnxgbp.scale import parse_seed_scale
 from onnxgbp.target import SEEDS, parse_class, parse_target, parse_unit
 
 __all__ = ["main"]
@@ -93,7 +94,7 @@ _what = _options(
         "--wrt",
         multiple=True,
         metavar="TENSOR",
-        help="Attribute to this tensor.  [default: every float input; of ids their lookup, of integer pixels their floats]",
+        help="Attribute to this tensor.  [default: the float inputs; the lookup of ids; the floats of pixels]",
     ),
     click.option(
         "--rule",
@@ -119,6 +120,18 @@ _target = click.option(
 )
 
 
+def _seed_scale(default: float | str) -> Callable[[Any], Any]:
+    return click.option(
+        "--seed-scale",
+        default=default,
+        show_default=True,
+        type=str,
+        metavar="FLOAT|auto",
+        callback=_parsed(lambda value: value if value == "auto" else parse_seed_scale(value)),
+        help="A power of two that keeps a float16 gradient in range; auto tries.",
+    )
+
+
 @main.command()
 @_model
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
@@ -138,10 +151,13 @@ _target = click.option(
     show_default=True,
     help="Fastest in ONNX Runtime, or right in every runtime.",
 )
+@_seed_scale(1.0)
 def convert(model: Path, out: Path, **options: Any) -> None:
     """Writes MODEL together with its attribution as one plain ONNX file."""
     aim = {name: options.pop(name) for name in ("target", "output", "unit", "seed", "wrt")}
-    graph = GradientGraph.build(load(model), **aim, sweeps=len(options["methods"]) or 1)
+    aim["sweeps"] = len(options["methods"]) or 1
+    source, scale = load(model), options.pop("seed_scale")
+    graph = GradientGraph.build(source, **aim, seed_scale=fixed_scale(source, scale, aim, options))
     click.echo(f"{out}: {graph.save(out, **options)}")
 
 
@@ -163,6 +179,7 @@ def convert(model: Path, out: Path, **options: Any) -> None:
     callback=_parsed(parse_class),
     help="The class to explain, an index or a name.",
 )
+@_seed_scale("auto")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--size", type=click.IntRange(1), help="Resize the shorter side to this.")
 @click.option("--crop", type=click.IntRange(1), help="Then cut this square out of the centre.")

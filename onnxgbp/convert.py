@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from onnxgbp.differentiate import differentiate, refuse_missing
 from onnxgbp.emit import PRIVATE, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.external import copy_beside
-from onnxgbp.inputs import attributed
+from onnxgbp.inputs import attributed, integer_ranges
 from onnxgbp.labels import labels_of
 from onnxgbp.lower import PROFILES, lower, merge_equal, prune
 from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
 from onnxgbp.recognise import recognise
 from onnxgbp.rules import Choice, audit, choose, depths, install, parse_activations, parse_methods, parse_rules
+from onnxgbp.scale import computes_in_float16, parse_seed_scale, scaled
 from onnxgbp.stream import is_large, stream
 from onnxgbp.target import (
     Explained,
@@ -39,7 +40,7 @@ from onnxgbp.target import (
     unit_text,
 )
 
-__all__ = ["GradientGraph", "Rules", "convert", "describe", "result_names"]
+__all__ = ["GradientGraph", "Rules", "convert", "describe", "fixed_scale", "result_names"]
 
 Rules = str | Iterable[str | tuple[str, str]]
 
@@ -57,6 +58,7 @@ def convert(
     rule: Rules = (),
     activations: str | Sequence[str] = "all",
     profile: str = "ort",
+    seed_scale: float | str = 1.0,
 ) -> onnx.ModelProto:
     """Turns a classifier into one plain ONNX model that gives the original outputs and the attribution.
 
@@ -84,13 +86,38 @@ def convert(
             over node names, `type:` and a glob over operators, or `depth:<5`.
         activations: all, relu, or names: which activations get the rule, the others stay plain.
         profile: ort spells the gradient for ONNX Runtime's speed, portable for every runtime.
+        seed_scale: a power of two that the seed, and with it the whole of `attribution`, is multiplied by, so that a
+            float16 map keeps within its range; `auto` tries the model on random inputs (with ONNX Runtime) and is 1
+            for any other type. `input` makes it the last input, a scalar of the explained tensor's type.
 
     Raises:
         OnnxgbpError: the model or an option cannot be used; the message names what, where, and the way out.
     """
-    sweeps = len(parse_methods(method, methods))
-    graph = GradientGraph.build(load(model), target=target, output=output, unit=unit, seed=seed, wrt=wrt, sweeps=sweeps)
-    return graph.render(method=method, methods=methods, rule=rule, activations=activations, profile=profile)
+    source, sweeps = load(model), len(parse_methods(method, methods))
+    place: dict[str, Any] = {
+        "target": target,
+        "output": output,
+        "unit": unit,
+        "seed": seed,
+        "wrt": wrt,
+        "sweeps": sweeps,
+    }
+    look: dict[str, Any] = {"method": method, "methods": methods, "rule": rule, "activations": activations}
+    look["profile"] = profile
+    scale = fixed_scale(source, seed_scale, place, look)
+    return GradientGraph.build(source, **place, seed_scale=scale).render(**look)
+
+
+def fixed_scale(source: Source, seed_scale: Any, place: Mapping[str, Any], look: Mapping[str, Any]) -> Any:
+    """What `auto` is for this model under the options of `GradientGraph.build` and `render`; others as they are."""
+    if not isinstance(seed_scale, str) or seed_scale != "auto":
+        return seed_scale
+    if not computes_in_float16(source.model.graph):
+        return 1.0
+    from onnxgbp.trial import fitting_exponent  # onnxruntime: only here
+
+    made = GradientGraph.build(source, **place, seed_scale="input").render(**look)
+    return 2.0 ** fitting_exponent(made, integer_ranges(source.model.graph))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +146,9 @@ class GradientGraph:
         seed: str = "one",
         wrt: str | Sequence[str] = (),
         sweeps: int = 1,
+        seed_scale: float | str = 1.0,
     ) -> GradientGraph:
-        """Differentiates a model. The arguments are those of `convert`."""
+        """Differentiates a model. The arguments are those of `convert`; a seed_scale of `auto` is for `fixed_scale`."""
         if METADATA + "method" in source.model.metadata_props:
             raise OnnxgbpError(f"{source.name} is already a converted file; convert the model that it was made from")
         names = [wrt] if isinstance(wrt, str) else list(wrt)
@@ -131,6 +159,7 @@ class GradientGraph:
             "seed": parse_seed(seed),
             "wrt": names,
             "sweeps": sweeps,
+            "seed_scale": seed_scale if seed_scale == "input" else parse_seed_scale(seed_scale),
         }
         try:
             return cls._build(source, arguments)
@@ -151,10 +180,11 @@ class GradientGraph:
         refuse_missing(graph, explained.tensor, inputs, found)  # first: behind an unknown operator no shape is known
         op = Emit(graph)
         seed = make_seed(op, explained, target, arguments["unit"], arguments["seed"])
+        seeds = scaled(op, seed.seeds, arguments["seed_scale"])
         results = []
         for sweep in range(arguments["sweeps"]):
             op.sweep = sweep
-            swept = [differentiate(op, explained.tensor, one, inputs, found) for one in seed.seeds]
+            swept = [differentiate(op, explained.tensor, one, inputs, found) for one in seeds]
             results.append({value: _stacked(op, [found[value] for found in swept], seed) for value in inputs})
         graph.extend(op.take())
         for sweep, result in enumerate(results):
@@ -182,6 +212,8 @@ class GradientGraph:
             options["unit"] = unit_text(arguments["unit"])
         if explained.stripped:
             options["stripped"] = stripped_text(explained)
+        if arguments["seed_scale"] != 1.0:
+            options["seed_scale"] = str(arguments["seed_scale"])
         if chosen.note:
             options["attributed"] = chosen.note
         order = [activation for activation in found.values() if activation in marked]
@@ -347,7 +379,8 @@ def describe(converted: onnx.ModelProto) -> str:
     behind += f"; {said['attributed']}" if "attributed" in said else ""
     others = [rule for rule in json.loads(said["rules"]) if rule != f"*={said['method']}"]
     mixed = f", with {', '.join(others)}," if others else ""
-    return f"{said['method']}{mixed} of '{said['explained']}' ({unit}) with respect to {wrt}{behind}"
+    scale = f", times {said['seed_scale'].removesuffix('.0')}" if "seed_scale" in said else ""
+    return f"{said['method']}{mixed} of '{said['explained']}' ({unit}) with respect to {wrt}{scale}{behind}"
 
 
 def _large_last(graph: ir.Graph) -> None:

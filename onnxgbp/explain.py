@@ -52,6 +52,7 @@ def explain_images(
     wrt: Sequence[str] = (),
     rule: Sequence[str | tuple[str, str]] = (),
     activations: str | Sequence[str] | None = None,
+    seed_scale: float | str = "auto",
     provider: str = "auto",
     **preprocessing: Any,
 ) -> list[Path]:
@@ -71,6 +72,7 @@ def explain_images(
         wrt: as for `Explainer`, but one tensor of the form [N, C, H, W].
         rule: as for `Explainer`.
         activations: as for `Explainer`.
+        seed_scale: as for `Explainer`.
         provider: as for `Explainer`.
         **preprocessing: size, crop, channels, scale, mean, std, layout, each overriding what the model's metadata says.
 
@@ -91,6 +93,7 @@ def explain_images(
         wrt=wrt,
         rule=rule,
         activations=activations,
+        seed_scale=seed_scale,
     )
     if len(explainer.inputs) != 1 or len(explainer.wrt) != 1:
         inputs = ", ".join(f"'{spec.name}'" for spec in explainer.inputs)
@@ -248,7 +251,7 @@ def _explained(
         "top": top,
         "clip": signed.clip,
         "overlay_clip": laid.clip,
-        "warning": signed.warning or None,
+        "warning": "; ".join(filter(None, (signed.warning, result.float16))) or None,
     }
     return entry, {"attribution": signed.image, "overlay": laid.image}, attribution
 

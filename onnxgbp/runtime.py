@@ -28,6 +28,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.labels import find_label, labels_of
 from onnxgbp.model import METADATA, ModelLike, Source, load
 from onnxgbp.rules import parse_methods, parse_rules
+from onnxgbp.scale import Census, computes_in_float16, fit, lost, parse_seed_scale, start
 from onnxgbp.target import parse_unit, unit_text
 
 __all__ = ["Explainer", "Explanation", "InputSpec"]
@@ -86,14 +87,17 @@ class InputSpec:
 class Explanation:
     """What one call gives.
 
-    attribution: raw and signed, shape and dtype of the input; [N, K, ...] for K targets a sample. A dict by tensor name
-        where several are explained, a dict by method where there are several methods, of such dicts where both.
+    attribution: raw and signed, shape and dtype of the tensor that is attributed to (the input, or for a model of
+        integers their lookup or floats), float32 where the seed's scale was divided out of float16; [N, K, ...] for K
+        targets a sample. A dict by tensor name where several are attributed to, a dict by method where there are
+        several methods, of such dicts where both.
     scores: the model's own output that the explained tensor belongs to, as the model returns it (probabilities where
         the model ends in a softmax); of an inner tensor, the model's first float output.
     target: int64 [N], or [N, K]: the class (or channel) that was explained for each sample.
     outputs: every output of the model by name.
-    warning: what a reader has to know of the attribution (a sample of nothing but zeros, numbers that are not finite),
-        or ''.
+    warning: what a reader has to know of the attribution (a sample of nothing but zeros, numbers that are not finite,
+        counts of what float16 could not hold), or ''.
+    float16: the last of these alone.
     """
 
     attribution: Any  # an array nearly always: no caller should have to tell a type checker so
@@ -101,6 +105,7 @@ class Explanation:
     target: npt.NDArray[np.int64]
     outputs: dict[str, Any]
     warning: str = ""
+    float16: str = ""
 
 
 class Explainer:
@@ -118,6 +123,9 @@ class Explainer:
         model: a path or a `ModelProto`: a classifier, or a file that `convert` wrote, which is run as it is.
         method: as for `convert` (None: guided), like methods, output, unit, seed, wrt, rule, activations and profile.
             For a converted file each may only repeat what it was converted with. `unit` fixes the target.
+        seed_scale: a power of two, for models that compute in float16: the seed, divided out of the attribution again.
+            auto chooses it for each call, and runs the model again (six times at most) where nothing it tried fits;
+            a converted file keeps its own.
         top: explain this many strongest classes of each sample at once, when a call names no target.
         provider: auto (CUDA where it really works, else the CPU), cpu, or cuda (CUDA or an error).
         threads: threads within one operator; None leaves it to ONNX Runtime.
@@ -144,6 +152,7 @@ class Explainer:
         rule: Rules = (),
         activations: str | Sequence[str] | None = None,
         profile: str | None = None,
+        seed_scale: float | str = "auto",
         threads: int | None = None,
         diagnose: bool = True,
     ) -> None:
@@ -156,7 +165,10 @@ class Explainer:
         methods = parse_methods("guided", methods) if methods else ()
         what: dict[str, Any] = {"method": method, "methods": methods, "output": output, "unit": unit, "seed": seed}
         what |= {"wrt": wrt, "rule": rule, "activations": activations, "profile": profile, "top": top}
+        self._fixed_scale = None if seed_scale == "auto" else parse_seed_scale(seed_scale)
+        what["seed_scale"] = self._fixed_scale
         self._options: dict[str, Any] = {**what, "provider": provider, "threads": threads, "diagnose": diagnose}
+        self._options["seed_scale"] = seed_scale
         self._diagnose = diagnose
         self._of_several: dict[int, Explainer] = {}
         self._lock = threading.Lock()
@@ -164,6 +176,7 @@ class Explainer:
         self._model = model if isinstance(model, onnx.ModelProto) else str(Path(model).absolute())
 
         source = load(model)
+        self._float16 = computes_in_float16(source.model.graph)
         self.name = source.name
         self.sha256 = source.sha256
         """sha256 of the model's bytes, as read."""
@@ -189,9 +202,9 @@ class Explainer:
             explained = source.model.metadata_props[METADATA + "explained"]
             return proto, next((v for v in _values(source.model) if v.name == explained), None)
         target = "argmax" if what["unit"] is not None else "input" if what["top"] is None else f"input{what['top']}"
-        place = {name: what[name] for name in ("output", "unit", "wrt")}
-        sweeps = len(what["methods"]) or 1
-        graph = GradientGraph.build(source, target=target, seed=what["seed"] or "one", **place, sweeps=sweeps)
+        place = {name: what[name] for name in ("output", "unit", "wrt")} | {"seed": what["seed"] or "one"}
+        scale = "input" if self._float16 else self._fixed_scale or 1.0
+        graph = GradientGraph.build(source, target=target, **place, sweeps=len(what["methods"]) or 1, seed_scale=scale)
         proto = graph.render(
             method=what["method"] or "guided",
             methods=what["methods"],
@@ -204,6 +217,11 @@ class Explainer:
     def _read_interface(self, proto: onnx.ModelProto) -> None:
         """Which inputs and outputs are the source's, and which are ours: ours stand last, in a fixed order."""
         inputs = [InputSpec(i.name, _dtype(i.name, i.type), tuple(i.shape)) for i in self._session.get_inputs()]
+        self._scale_input = inputs.pop() if self.metadata.get(METADATA + "seed_scale") == "input" else None
+        if self._scale_input is not None:
+            self.metadata[METADATA + "seed_scale"] = str(self._fixed_scale or "auto")
+        else:
+            self._fixed_scale = float(self.metadata.get(METADATA + "seed_scale", 1))
         self.mode = self.metadata[METADATA + "target"]
         """What chooses the class: `input` (each call), or argmax, seed or an index that a converted file has fixed."""
         self._target_input = inputs.pop() if self.mode.startswith("input") else None
@@ -250,21 +268,46 @@ class Explainer:
         targets = self.check_target(target, count)
         if self._target_input is not None:
             feeds[self._target_input.name] = targets
-        try:
-            values = self._session.run([*self._theirs, *self._ours], feeds)
-        except Exception as error:  # noqa: BLE001 - the runtime's exceptions share no base class of their own
-            doubtful = target is not None and (self.classes is None or count is None)
-            hint = "; is the target in range, and of one class per sample?" if doubtful else ""
-            raise OnnxgbpError(f"ONNX Runtime could not run {self.name}: {_short(error)}{hint}") from None
+        doubtful = target is not None and (self.classes is None or count is None)
+        values, scale, float16 = self._run(feeds, "; is the target in range, and of one class per sample?" * doubtful)
         outputs = dict(zip(self._theirs, values, strict=False))
         *attributions, chosen = values[len(self._theirs) :]
+        if self._scale_input is not None:
+            feeds[self._scale_input.name] = np.asarray(scale, self._scale_input.dtype)
+        if scale != 1 or self._scale_input is not None:
+            attributions = [np.asarray(a, np.result_type(a, np.float32)) / np.float32(scale) for a in attributions]
         attribution = self._arranged(attributions)
         scores = _as_array(outputs[self.scores_output] if self.scores_output is not None else [])
         if count is None and self._target_input is not None:  # what could not be checked before
             samples = len(scores) if scores.ndim else len(chosen)
             if len(chosen) != samples or (np.ndim(target) and len(targets) != samples):  # type: ignore[arg-type]
                 raise OnnxgbpError(_wrong_length(targets, samples))
-        return Explanation(attribution, scores, chosen, outputs, self._warning(attributions, feeds))
+        warning = "; ".join(filter(None, (self._warning(attributions, feeds), float16)))
+        return Explanation(attribution, scores, chosen, outputs, warning, float16)
+
+    def _run(self, feeds: dict[str, Array], hint: str) -> tuple[list[Any], float, str]:
+        """What the model gives, the scale of its seed, and what float16 could not hold."""
+        outputs, factor, runs = [*self._theirs, *self._ours], self._scale_input, dict[float, list[Any]]()
+
+        def maps(scale: float) -> list[Array]:
+            more = {factor.name: np.asarray(scale, factor.dtype)} if factor is not None else {}
+            try:
+                runs[scale] = self._session.run(outputs, {**feeds, **more})
+            except Exception as error:  # noqa: BLE001 - the runtime's exceptions share no base class of their own
+                raise OnnxgbpError(f"ONNX Runtime could not run {self.name}: {_short(error)}{hint}") from None
+            return runs[scale][len(self._theirs) : -1]
+
+        def fitting() -> tuple[int, Sequence[Array]]:
+            return fit(lambda exponent: maps(2.0**exponent), start(None))
+
+        if self._fixed_scale is None:
+            found = fitting()
+            scale, said = 2.0 ** found[0], lost(found[1], 2.0 ** found[0], found)
+        else:
+            scale, own = self._fixed_scale, maps(self._fixed_scale)
+            better = fitting() if factor is not None and not Census.of(own).fits else None
+            said = lost(own, scale, better) if self._float16 else ""
+        return runs[scale], scale, said
 
     def _warning(self, attributions: Sequence[Array], feeds: Mapping[str, Array]) -> str:
         """Which samples have a blank or a broken map, and why the first of each has."""
@@ -288,7 +331,10 @@ class Explainer:
             return ""
         free = self._batch_dim is not None and not isinstance(self._batch_dim, int)
         if free and len({len(array) for array in feeds.values() if array.ndim}) == 1:
-            feeds, sample = {name: array[sample : sample + 1] for name, array in feeds.items()}, 0
+            feeds, sample = (
+                {name: array[sample : sample + 1] if array.ndim else array for name, array in feeds.items()},
+                0,
+            )
         try:
             return f" ({ask(self._converted(load(self._model))[0], feeds, sample)})"
         except Exception as error:  # noqa: BLE001 - a model that is too large or needs its optimiser has no reason to fail
@@ -339,6 +385,8 @@ class Explainer:
 
     def __repr__(self) -> str:
         said = {name: value for name, value in self._options.items() if value not in (None, ())}
+        if self._options["seed_scale"] == "auto":
+            del said["seed_scale"]
         return f"Explainer({self.name!r}, {', '.join(f'{name}={value!r}' for name, value in said.items())})"
 
     def _feeds(self, x: Any) -> dict[str, Array]:
@@ -415,6 +463,7 @@ def _refuse_contradictions(source: Source, what: Mapping[str, Any]) -> None:
     said = {k.removeprefix(METADATA): v for k, v in source.model.metadata_props.items() if k.startswith(METADATA)}
     unit, activations = parse_unit(what["unit"]), what["activations"]
     method = ",".join(what["methods"]) or what["method"]
+    said.setdefault("seed_scale", "1.0")
     asked: dict[str, str | None] = {
         "method": method,
         "explained": what["output"],
@@ -424,6 +473,7 @@ def _refuse_contradictions(source: Source, what: Mapping[str, Any]) -> None:
         "activations": activations if activations is None or isinstance(activations, str) else ",".join(activations),
         "profile": what["profile"],
         "target": None if what["top"] is None else f"top{what['top']}",
+        "seed_scale": None if what["seed_scale"] is None else str(what["seed_scale"]),
     }
     if what["rule"]:
         pairs = [*parse_rules("guided", what["rule"])[:-1], ("*", method or said["method"])]

@@ -11,17 +11,21 @@ import onnx
 
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.float64 import evaluator
+from onnxgbp.scale import fit, start
 
 __all__ = [
+    "SIZES",
     "Array",
     "Arrays",
     "Run",
+    "fitting_exponent",
     "is_free",
     "onnxruntime_module",
     "random_inputs",
     "rank_of",
     "reference",
     "session",
+    "sizes_that_run",
 ]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -29,6 +33,8 @@ Arrays: TypeAlias = dict[str, Array]
 Run: TypeAlias = "Callable[[Mapping[str, Array]], dict[str, Any]]"
 
 
+# Channels (axis 1 of a batch of images) and any other free dim but the batch, tried in this order.
+SIZES = tuple((channels, size) for size in (32, 28, 64, 30, 224, 8, 299) for channels in (3, 1))
 _FLOATS = {getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")}
 
 
@@ -104,6 +110,43 @@ def random_inputs(
             given = rng.choice(ranges.get(value.name, range(1, 2)), dims)
         feeds[value.name] = np.asarray(given, kind)
     return feeds
+
+
+def sizes_that_run(
+    run: Run, values: Sequence[onnx.ValueInfoProto], ranges: Mapping[str, range], extra: Mapping[str, Array]
+) -> tuple[int, int] | None:
+    """The first of SIZES with which a model runs, None if there is none; `extra`: inputs besides the values."""
+    if not any(is_free(value, axis) for value in values for axis in range(1, rank_of(value))):
+        return SIZES[0]
+    for sizes in SIZES:
+        try:
+            run({**random_inputs(values, 1, sizes, 1.0, ranges), **extra})
+        except Exception:  # noqa: BLE001, S112 - too small for its strides, say: the next is tried
+            continue
+        return sizes
+    return None
+
+
+def fitting_exponent(model: onnx.ModelProto, ranges: Mapping[str, range]) -> int:
+    """The exponent of the seed's scale that suits a converted model, whose last input is that scale.
+
+    It is tried on two samples of random inputs; real ones may differ, which is what the room on both sides is for.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    *values, factor = [value for value in model.graph.input if value.name not in weights]
+    kind = onnx.helper.tensor_dtype_to_np_dtype(factor.type.tensor_type.elem_type)
+    run = session(model)
+    sizes = sizes_that_run(run, values, ranges, {factor.name: np.asarray(1, kind)})
+    if sizes is None:
+        raise OnnxgbpError("seed scale auto: the model runs with none of the usual sizes; give a number")
+    feeds = random_inputs(values, 2, sizes, 1.0, ranges)
+    names = [output.name for output in model.graph.output if output.name.startswith("attribution")][:-1]
+
+    def maps(exponent: int) -> list[Array]:
+        found = run({**feeds, factor.name: np.asarray(2.0**exponent, kind)})
+        return [found[name] for name in names]
+
+    return fit(maps, start(None))[0]
 
 
 def rank_of(value: onnx.ValueInfoProto) -> int:

@@ -39,8 +39,20 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.float64 import to_float64
 from onnxgbp.inputs import integer_ranges
 from onnxgbp.model import METADATA, load
+from onnxgbp.scale import computes_in_float16, fit, lost, start
 from onnxgbp.target import parse_unit
-from onnxgbp.trial import Array, Arrays, Run, is_free, onnxruntime_module, random_inputs, rank_of, reference, session
+from onnxgbp.trial import (
+    SIZES,
+    Array,
+    Arrays,
+    Run,
+    is_free,
+    onnxruntime_module,
+    random_inputs,
+    reference,
+    session,
+    sizes_that_run,
+)
 
 __all__ = ["Check", "Report", "verify_model"]
 
@@ -72,8 +84,6 @@ _STEPS = {"float64": (1e-7, 1e-8, 1e-6), "float32": (1e-3, 1e-2)}
 _RUNTIME = 2e-2  # 1 - cosine: in a small net one MaxPool that decides otherwise in float32 has cost 6e-3
 _DIRECTIONS = 2  # random ones, besides the gradient's own
 _AFFORDABLE = 1e12  # multiplications: about two minutes on one core
-_SIZES = (32, 28, 64, 30, 224, 8, 299)  # tried in this order for free dims other than the batch
-_CHANNELS = (3, 1)  # and for axis 1 of a batch of images
 _SCALES = (1.0, 16.0, 256.0)  # of the random input: a small one can leave a network dead
 _QUANTISED = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"})
 
@@ -181,7 +191,13 @@ class _Record:
         count = self.said["target"].removeprefix("top").removeprefix("input")
         return int(count) if count.isdecimal() and count != self.said["target"] else None
 
-    def convert(self, model: str | onnx.ModelProto, *, plain: bool = False) -> onnx.ModelProto:
+    @property
+    def seed_scale(self) -> float:
+        return float(self.said.get("seed_scale", 1))
+
+    def convert(
+        self, model: str | onnx.ModelProto, *, plain: bool = False, seed_scale: float | str | None = None
+    ) -> onnx.ModelProto:
         return convert(
             model,
             methods=["gradient"] if plain else self.methods,
@@ -193,6 +209,7 @@ class _Record:
             seed=self.said["seed"],
             wrt=self.wrt,
             profile=self.said["profile"],
+            seed_scale=self.seed_scale if seed_scale is None else seed_scale,
         )
 
 
@@ -213,6 +230,8 @@ class _Verification:
         )
         if "method" not in self.record.said:
             raise OnnxgbpError(f"{out} is no converted file: it has no {METADATA}method in its metadata")
+        if self.record.said.get("seed_scale") == "input":
+            raise OnnxgbpError(f"{out} is given the scale of its seed when it runs: verify one with a fixed scale")
         self.source = load(source) if source is not None else None
         onnxruntime_module()
 
@@ -225,6 +244,8 @@ class _Verification:
         yield self._row("forward unchanged", self._forward_unchanged)
         yield self._row("attribution", self._finite_difference)
         yield self._row("attribution reproduced", self._reproduced)
+        if computes_in_float16(self.converted.model.graph):
+            yield self._row("float16 range", self._range)
         yield self._row("runtime", self._runtime)
 
     def _row(self, name: str, check: Callable[[], Check | str]) -> Check:
@@ -428,6 +449,22 @@ class _Verification:
             said += "; the map is zero at every input tried"
         return Check("", worst <= _COSINE and median <= tolerance, said, worst, _COSINE)
 
+    def _range(self) -> Check:
+        """How many entries overflow, have lost digits, or are zero where a fitting scale of the seed gives a number."""
+        self._require_facts()
+        made = self.record.convert(self.forward_model, seed_scale="input")
+        run, factor = session(made), made.graph.input[-1]
+        kind = onnx.helper.tensor_dtype_to_np_dtype(factor.type.tensor_type.elem_type)
+
+        def maps(exponent: int) -> list[Array]:
+            found = run({**self._with_extra(self.feeds), factor.name: np.asarray(2.0**exponent, kind)})
+            return [found[result] for result in self.record.results]
+
+        own = [self.found[result] for result in self.record.results]
+        broken = sum(int((~np.isfinite(array)).sum()) for array in own)
+        said = lost(own, self.record.seed_scale, fit(maps, start(None)))
+        return Check("", not broken, said or "nothing overflows, and what is lost below is negligible", broken, 0)
+
     def _runtime(self) -> Check:
         self._require_facts()
         found = {result: self.found[result] for result in self.record.results}
@@ -517,16 +554,11 @@ class _Verification:
     @functools.cached_property
     def free_sizes(self) -> tuple[int, int]:
         """Channels, and any other free dim that is not the batch, with which the model runs."""
-        choices = [(channels, size) for size in _SIZES for channels in _CHANNELS]
-        if not any(is_free(value, axis) for value in self._fed for axis in range(1, rank_of(value))):
-            return choices[0]
-        for sizes in choices:
-            try:
-                session(self.forward)(random_inputs(self._fed, 1, sizes, 1.0, self._ranges))
-            except Exception:  # noqa: BLE001, S112 - too small for its strides, say: the next is tried
-                continue
-            return sizes
-        raise _Failed(f"the model runs with none of the sizes {', '.join(map(str, _SIZES))} for its free dims")
+        sizes = sizes_that_run(session(self.forward), self._fed, self._ranges, {})
+        if sizes is None:
+            tried = ", ".join(str(size) for size in dict.fromkeys(size for _, size in SIZES))
+            raise _Failed(f"the model runs with none of the sizes {tried} for its free dims")
+        return sizes
 
     def inputs(self, batch: int | None, scale: float = 1.0) -> Arrays:
         return random_inputs(self._fed, batch or 2, self.free_sizes, scale, self._ranges)
@@ -603,9 +635,9 @@ class _Verification:
     @functools.cached_property
     def seeds(self) -> list[Array]:
         """The gradients at the explained tensor, made here once more and not by the code under test."""
-        explained = self.middle[self.record.said["explained"]]
+        explained, scale = self.middle[self.record.said["explained"]], self.record.seed_scale
         if self.record.said["target"] == "seed":
-            return [self._with_extra(self.feeds)["seed"]]
+            return [self._with_extra(self.feeds)["seed"].astype(np.float64) * scale]
         if "unit" in self.record.said:
             seeds = [self._unit[0]]
         else:
@@ -613,7 +645,8 @@ class _Verification:
             seeds = [np.zeros(explained.shape) for _ in columns]
             for seed, column in zip(seeds, columns, strict=True):
                 seed.reshape(len(seed), -1)[np.arange(len(seed)), column] = 1
-        return [seed * explained for seed in seeds] if self.record.said["seed"] == "activation" else seeds
+        size = explained.astype(np.float64) if self.record.said["seed"] == "activation" else 1.0
+        return [scale * seed * size for seed in seeds]
 
     @functools.cached_property
     def cost(self) -> float:
