@@ -130,9 +130,7 @@ def _step(
 ) -> Iterable[tuple[ir.Value, ir.Value]]:
     """The gradients that one node passes to those of its inputs that lead to `wrt`."""
     step = Step(node, dys)
-    for value in node.inputs:
-        if value is not None and value.dtype is None:
-            raise step.refuse(f"the type of tensor '{value.name}' is not known; is the model valid up to there?")
+    _refuse_untyped(step)
     if node in found:
         activation = found[node]
         tensors = [argument for argument in activation.arguments.values() if isinstance(argument, ir.Value)]
@@ -160,12 +158,19 @@ def _entry(step: Step) -> Entry:
     if _reads_integers(step.node):
         raise step.refuse("it reads quantised integers; quantise the model in the QDQ format (QuantFormat.QDQ) instead")
     if entry is None:
+        _refuse_untyped(step)  # an activation without types is none that could be recognised
         domain = f" of domain '{step.node.domain}'" if step.node.domain else ""
         raise OnnxgbpError(
             f"operator {step.node.op_type}{domain} (node '{label(step.node)}') has no gradient rule; explain a tensor "
             f"before it with --output, or attribute to a tensor behind it with --wrt {step.y.name}"
         )
     return entry
+
+
+def _refuse_untyped(step: Step) -> None:
+    for value in step.node.inputs:
+        if value is not None and value.dtype is None:
+            raise step.refuse(f"the type of tensor '{value.name}' is not known; is the model valid up to there?")
 
 
 def _key(node: ir.Node) -> str:

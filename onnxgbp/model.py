@@ -34,6 +34,7 @@ ModelLike: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto"
 
 METADATA = "onnxgbp."  # the prefix of everything that we write into metadata_props
 OLDEST_OPSET = 7  # broadcasting as numpy does it starts here
+_BFLOAT16_OPSET = 22  # the first whose convolutions and pools take it
 LOWEST_OPSET = 9  # the first with Where, which every gate needs; older files are raised to it
 
 
@@ -88,7 +89,20 @@ def load(source: ModelLike) -> Source:
         if not output.type.HasField("tensor_type"):
             odd[output.name] = onnx.TypeProto.FromString(output.type.SerializeToString())
             output.ClearField("type")
-    return Source(_to_ir(proto, path, where), digest, path, odd)
+    result = Source(_to_ir(proto, path, where), digest, path, odd)
+    if _opset(proto) < _BFLOAT16_OPSET and _untyped_bfloat16(result.model.graph):
+        return raised(result, _BFLOAT16_OPSET)
+    return result
+
+
+def _untyped_bfloat16(graph: ir.Graph) -> bool:
+    """Whether a standard operator reads bfloat16 that its opset does not know: exporters write that all the same."""
+    return any(
+        node.domain == ""
+        and node.outputs[0].dtype is None
+        and any(value is not None and value.dtype is ir.DataType.BFLOAT16 for value in node.inputs)
+        for node in graph
+    )
 
 
 def to_proto(model: ir.Model, source: Source) -> onnx.ModelProto:

@@ -500,6 +500,11 @@ def _scores_output(proto: onnx.ModelProto, explained: str, outputs: Sequence[str
 
 
 def _dtype(name: str, kind: str) -> np.dtype[Any]:
+    if kind == "tensor(bfloat16)":
+        raise OnnxgbpError(
+            f"input '{name}' is bfloat16, which ONNX Runtime does not take from Python: convert the model and feed the "
+            "file from another language, or put a Cast from float32 before it"
+        )
     if kind not in _DTYPES:
         raise OnnxgbpError(f"input '{name}' is a {kind}, which numpy arrays cannot hold")
     return np.dtype(_DTYPES[kind])
