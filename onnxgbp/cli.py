@@ -13,7 +13,7 @@ from onnxgbp.convert import GradientGraph, fixed_scale
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.lower import PROFILES
 from onnxgbp.model import load
-from onnxgbp.rules import RULES, parse_method, parse_methods
+from onnxgbp.rules import RULES, parse_activations, parse_method, parse_methods, parse_rules
 from onnxgbp.scale import parse_seed_scale
 from onnxgbp.target import SEEDS, parse_class, parse_target, parse_unit
 
@@ -50,6 +50,28 @@ def _parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Param
             raise click.BadParameter(str(error)) from None
 
     return callback
+
+
+def _checked(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """The same for a value that is passed on as it is."""
+
+    def check(value: Any) -> Any:
+        parse(value)
+        return value
+
+    return _parsed(check)
+
+
+def _numbers(option: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Of a list of numbers, which only the code for pictures can read."""
+
+    def check(value: Any) -> None:
+        if value is not None:
+            from onnxgbp.images import parse_floats  # Pillow: only here
+
+            parse_floats(option, value)
+
+    return _checked(check)
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -100,6 +122,7 @@ _what = _options(
         "--rule",
         multiple=True,
         metavar="PATTERN=RULE",
+        callback=_checked(lambda rules: parse_rules("guided", rules)),
         help="Another rule for some nodes, first match wins: 'layer4*=guided', 'type:Clip=gradient', 'depth:<5=...'.",
     ),
     click.option(
@@ -107,6 +130,7 @@ _what = _options(
         default="all",
         show_default=True,
         metavar="all|relu|NAME,...",
+        callback=_checked(parse_activations),
         help="Which activations get the rule.",
     ),
 )
@@ -183,8 +207,8 @@ def convert(model: Path, out: Path, **options: Any) -> None:
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--size", type=click.IntRange(1), help="Resize the shorter side to this.")
 @click.option("--crop", type=click.IntRange(1), help="Then cut this square out of the centre.")
-@click.option("--mean", metavar="A,B,C", help="Subtract, per channel.")
-@click.option("--std", metavar="A,B,C", help="Then divide, per channel.")
+@click.option("--mean", metavar="A,B,C", callback=_numbers("mean"), help="Subtract, per channel.")
+@click.option("--std", metavar="A,B,C", callback=_numbers("std"), help="Then divide, per channel.")
 @click.option("--scale", type=float, help="Multiply the pixel values 0 to 255 first.")
 @click.option("--channels", type=click.Choice(["rgb", "bgr"]), help="The order in which the model takes colours.")
 @click.option("--layout", type=click.Choice(["nchw", "nhwc"]), help="The order of the model's axes.")

@@ -24,7 +24,7 @@ from onnxgbp.labels import labels_of
 from onnxgbp.lower import PROFILES, lower, merge_equal, prune
 from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
 from onnxgbp.recognise import recognise
-from onnxgbp.rules import Choice, audit, choose, depths, install, parse_activations, parse_methods, parse_rules
+from onnxgbp.rules import Choice, audit, choose, depths, install, listed, parse_activations, parse_methods, parse_rules
 from onnxgbp.scale import computes_in_float16, parse_seed_scale, scaled
 from onnxgbp.stream import is_large, stream
 from onnxgbp.target import (
@@ -151,7 +151,10 @@ class GradientGraph:
         """Differentiates a model. The arguments are those of `convert`; a seed_scale of `auto` is for `fixed_scale`."""
         if METADATA + "method" in source.model.metadata_props:
             raise OnnxgbpError(f"{source.name} is already a converted file; convert the model that it was made from")
-        names = [wrt] if isinstance(wrt, str) else list(wrt)
+        names = listed(wrt, "wrt")
+        for option, name in [("output", output), *(("wrt", name) for name in names)]:
+            if name is not None and not isinstance(name, str):
+                raise OnnxgbpError(f"{option} {name!r} is no name of a tensor")
         arguments: dict[str, Any] = {
             "target": parse_target(target),
             "output": output,
@@ -288,7 +291,7 @@ class GradientGraph:
         if len(methods) != self.arguments["sweeps"]:
             again = GradientGraph.build(self.source, **self.arguments | {"sweeps": len(methods)})
             return again._finished(methods, rule, activations, profile, measure=measure)
-        rules = [rule] if isinstance(rule, str) else list(rule)
+        rules = listed(rule, "rule")
         choices = [self.choices(method=method, rule=rules, activations=activations) for method in methods]
         model = self.model.clone()
         op = Emit(model.graph)

@@ -101,7 +101,7 @@ def explain_images(
     prepared = Preprocessing.of(explainer.metadata, explainer.inputs[0], **preprocessing)
     explainer.check_target(target)
     labels = labels_of(explainer.metadata)
-    _make_folder(out)
+    _make_folder(out, images)
 
     echo(_headline(explainer))
     echo(f"input: {prepared}")
@@ -170,16 +170,33 @@ def _model_and_images(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
     return model, images
 
 
-def _make_folder(out: Path) -> None:
-    """The folder, and no manifest of an earlier run in it: its presence says that this run is complete."""
+def _make_folder(out: Path, images: Sequence[Path]) -> None:
+    """The folder, and nothing of an earlier run in it: its manifest would say that this one is complete.
+
+    What that manifest lists goes with it, or pictures would stay that no manifest names; not so an image to explain.
+    """
+    kept = {path.resolve() for path in images}
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for name in _listed_files(out / MANIFEST):
+            if (out / name).resolve() not in kept:
+                (out / name).unlink(missing_ok=True)
         (out / MANIFEST).unlink(missing_ok=True)
     except OSError as error:
         raise OnnxgbpError(f"cannot write {out}: {error.strerror or error}") from None
     with output_file(out / f"{MANIFEST}.tmp"):  # found out before the first image, not after it
         pass
     (out / f"{MANIFEST}.tmp").unlink(missing_ok=True)
+
+
+def _listed_files(manifest: Path) -> list[str]:
+    """The files of its folder that a manifest of ours lists; none where it is not ours."""
+    try:
+        entries = json.loads(manifest.read_bytes())["images"]
+        names = [str(name) for entry in entries for name in entry.get("files", {}).values()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
+    return [name for name in names if Path(name).name == name]
 
 
 def _stems(images: Sequence[Path]) -> list[str]:
@@ -237,7 +254,7 @@ def _explained(
     signed = signed_picture(attribution, layout=layout, channels=channels)
     laid = overlay(attribution, prepared.cropped(photo), layout=layout)
     chosen = int(result.target[0])
-    unit = METADATA + "unit" in explainer.metadata
+    unit = explainer.metadata.get(METADATA + "unit")
     scores = result.scores[0] if result.scores.ndim > 1 else result.scores
     scores = np.ravel(scores) if scores.size == max(scores.shape, default=1) else np.empty(0)  # a map has no classes
     top = [
@@ -245,7 +262,8 @@ def _explained(
         for index in np.argsort(-scores, kind="stable")[:TOP]
     ]
     entry = {
-        "target": chosen,
+        "target": None if unit else chosen,
+        "unit": unit,
         "label": None if unit else _label(labels, chosen),
         "score": None if unit or chosen >= len(scores) else float(scores[chosen]),
         "top": top,
@@ -291,7 +309,8 @@ def _lines(path: Path, entry: dict[str, Any]) -> Iterator[str]:
     yield str(path)
     for row in entry["top"]:
         yield f"  {row['score']:10.4g}  {row['class']} {row['label'] or ''}".rstrip()
-    yield f"  explained: {entry['target']} {entry['label'] or ''}".rstrip()
+    said = f"unit {entry['unit']}" if entry["unit"] else f"{entry['target']} {entry['label'] or ''}"
+    yield f"  explained: {said}".rstrip()
     yield f"  clip: {entry['clip']:.4g} ({PERCENTILE:g}th percentile of |attribution|)"
     if entry["warning"]:
         yield f"  warning: {entry['warning']}"

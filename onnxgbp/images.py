@@ -17,7 +17,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.model import METADATA
 from onnxgbp.runtime import InputSpec
 
-__all__ = ["SUFFIXES", "Preprocessing", "photos_in", "read"]
+__all__ = ["SUFFIXES", "Preprocessing", "parse_floats", "photos_in", "read"]
 
 SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 
@@ -270,7 +270,7 @@ def _float(name: str, value: Any) -> float:
         raise OnnxgbpError(f"{name} '{value}' is no number") from None
 
 
-def _floats(name: str, value: Any) -> tuple[float, ...]:
+def parse_floats(name: str, value: Any) -> tuple[float, ...]:
     """Numbers from a list, from one number, or from text such as 0.485,0.456,0.406."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
     return tuple(_float(name, part) for part in parts)
@@ -287,8 +287,8 @@ _FIELDS = {
     "crop": _pair,
     "channels": _text,
     "scale": _float,
-    "mean": _floats,
-    "std": _floats,
+    "mean": parse_floats,
+    "std": parse_floats,
     "layout": _text,
 }
 

@@ -174,6 +174,18 @@ def audit(choices: Iterable[Choice]) -> list[dict[str, Any]]:
     ]
 
 
+def listed(value: Any, option: str) -> list[Any]:
+    """What an option holds that takes one or several: text is one, anything that can be walked over several.
+
+    Raises:
+        OnnxgbpError: something else.
+    """
+    try:
+        return [value] if isinstance(value, str) else list(value)
+    except TypeError:
+        raise OnnxgbpError(f"{option} {value!r} is neither a text nor a list of them") from None
+
+
 def parse_method(method: str) -> str:
     """The name of a rule, with its numbers if it has any: guided, rectgrad:95.
 
@@ -191,7 +203,7 @@ def parse_methods(method: str, methods: str | Sequence[str] = ()) -> tuple[str, 
     Raises:
         OnnxgbpError: no such rule, or one named twice.
     """
-    given: Sequence[str] = methods.split(",") if isinstance(methods, str) and methods else methods or [method]
+    given = methods.split(",") if isinstance(methods, str) and methods else listed(methods or [method], "methods")
     names = tuple(parse_method(name) for name in given)
     if len(set(names)) < len(names):
         raise OnnxgbpError(f"a method is named twice: {', '.join(names)}")
@@ -208,8 +220,9 @@ def parse_rules(method: str, rules: str | Iterable[str | tuple[str, str]]) -> li
         OnnxgbpError: no PATTERN=RULE, or no such rule.
     """
     parsed = []
-    for rule in [rules] if isinstance(rules, str) else rules:
-        pattern, separator, name = rule.rpartition("=") if isinstance(rule, str) else (rule[0], "=", rule[1])
+    for rule in listed(rules, "rule"):
+        pair = isinstance(rule, (tuple, list)) and len(rule) == 2 and all(isinstance(part, str) for part in rule)
+        pattern, separator, name = (rule[0], "=", rule[1]) if pair else str(rule).rpartition("=")
         if not separator or not pattern:
             raise OnnxgbpError(f"'{rule}' is no rule: write PATTERN=RULE, for instance 'layer4*=guided'")
         if pattern.startswith("depth:") and not _DEPTH.fullmatch(pattern):
@@ -240,11 +253,11 @@ def parse_activations(activations: str | Sequence[str]) -> frozenset[str]:
     Raises:
         OnnxgbpError: no such activation.
     """
-    names = activations.split(",") if isinstance(activations, str) else list(activations)
+    names = activations.split(",") if isinstance(activations, str) else listed(activations, "activations")
     known = {name.lower(): frozenset({name}) for name in ACTIVATIONS}
     known |= {"all": frozenset(ACTIVATIONS), "relu": RELU_KINDS}
     for name in names:
-        if name.strip().lower() not in known:
+        if str(name).strip().lower() not in known:
             raise OnnxgbpError(
                 f"no activation is called '{name}': choose all, relu, or some of {', '.join(ACTIVATIONS)}"
             )

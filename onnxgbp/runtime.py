@@ -27,7 +27,7 @@ from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.labels import find_label, labels_of
 from onnxgbp.model import METADATA, ModelLike, Source, load
-from onnxgbp.rules import parse_methods, parse_rules
+from onnxgbp.rules import listed, parse_methods, parse_rules
 from onnxgbp.scale import Census, computes_in_float16, fit, lost, parse_seed_scale, start
 from onnxgbp.target import parse_unit, unit_text
 
@@ -160,8 +160,7 @@ class Explainer:
             raise OnnxgbpError(f"no provider is called '{provider}': choose one of {', '.join(_PROVIDERS)}")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise OnnxgbpError(f"threads is {threads!r}, not a count of 1 or more")
-        wrt = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-        rule = (rule,) if isinstance(rule, str) else tuple(rule)
+        wrt, rule = tuple(listed(wrt, "wrt")), tuple(listed(rule, "rule"))
         methods = parse_methods("guided", methods) if methods else ()
         what: dict[str, Any] = {"method": method, "methods": methods, "output": output, "unit": unit, "seed": seed}
         what |= {"wrt": wrt, "rule": rule, "activations": activations, "profile": profile, "top": top}

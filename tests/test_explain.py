@@ -138,6 +138,9 @@ def test_inner_tensors(tmp_path: Path) -> None:
     result = run(model, image, "-o", tmp_path / "unit", "--output", "c", "--unit", "3")
     assert result.exit_code == 0, result.output
     assert "'c' (unit 3)" in result.output
+    assert "explained: unit 3\n" in result.output
+    (entry,) = manifest(tmp_path / "unit")["images"]
+    assert (entry["unit"], entry["target"], entry["label"], entry["score"]) == ("3", None, None, None)
     result = run(model, image, "-o", tmp_path / "wrt", "--wrt", "r")
     assert result.exit_code == 0, result.output
     assert np.load(tmp_path / "wrt" / "photo.attribution.npy").shape == (6, 8, 8)
@@ -273,3 +276,30 @@ def test_pictures_of_an_earlier_run_are_not_explained(tmp_path: Path) -> None:
     for _ in range(2):
         assert run(model, folder, "-o", folder).exit_code == 0
     assert [entry["file"] for entry in manifest(folder)["images"]] == [str(folder / "a.png")]
+
+
+def test_a_folder_holds_one_run(tmp_path: Path) -> None:
+    """What the manifest before lists is gone, and nothing else: not a file of the user's, not an image to explain."""
+    model, out = tiny(tmp_path / "m.onnx"), tmp_path / "out"
+    first, second = picture(tmp_path / "first.png"), picture(tmp_path / "second.png", seed=1)
+    assert run(model, first, "-o", out).exit_code == 0
+    (out / "notes.txt").write_text("mine")
+    picture(out / "first.png")
+    picture(tmp_path / "precious.png")
+    said = manifest(out)
+    said["images"][0]["files"]["stranger"] = "../precious.png"
+    (out / "manifest.json").write_text(json.dumps(said))
+    assert run(model, second, out / "first.overlay.png", "-o", out).exit_code == 0
+    made = {name for entry in manifest(out)["images"] for name in entry["files"].values()}
+    mine = {"manifest.json", "notes.txt", "first.png", "first.overlay.png"}
+    assert {path.name for path in out.iterdir()} == made | mine
+    assert (tmp_path / "precious.png").exists()
+
+
+@pytest.mark.parametrize("text", ["", "no json", "[]", '{"images": 3}', '{"images": [{"files": ["a"]}]}'])
+def test_a_strange_manifest_is_replaced(tmp_path: Path, text: str) -> None:
+    model, image, out = tiny(tmp_path / "m.onnx"), picture(tmp_path / "photo.png"), tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text(text)
+    assert run(model, image, "-o", out).exit_code == 0
+    assert len(manifest(out)["images"]) == 1
