@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.images import Preprocessing, photos_in, read
+from onnxgbp.images import Preprocessing, in_type, photos_in, read
 from onnxgbp.runtime import InputSpec
 
 __all__ = ["Batch", "batches"]
@@ -97,7 +97,7 @@ def _photos(
     for photo in photos_in(path) if path.is_dir() else [path]:
         array = _photo(photo, prepared, on_error)
         if array is not None:
-            yield str(photo), {spec.name: array.astype(spec.dtype)}
+            yield str(photo), {spec.name: in_type(array, spec.dtype)}
 
 
 def _photo(photo: Path, prepared: Preprocessing, on_error: Callable[[str], Any] | None) -> Array | None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import output_file, write
-from onnxgbp.images import Preprocessing, photos_in, read
+from onnxgbp.images import Preprocessing, in_type, photos_in, read
 from onnxgbp.labels import labels_of
 from onnxgbp.model import METADATA
 from onnxgbp.render import PERCENTILE, overlay, signed_picture
@@ -113,7 +113,7 @@ def explain_images(
         for path, stem in zip(steps, _stems(images), strict=True):
             try:
                 photo = read(path)
-                x = _as_pixels(prepared.prepare(photo)[np.newaxis], explainer.inputs[0].dtype)
+                x = in_type(prepared.prepare(photo), explainer.inputs[0].dtype)[np.newaxis]
                 result = explainer(x, target)
                 entry, pictures, attribution = _explained(explainer, prepared, photo, x, result, labels)
             except OnnxgbpError as error:
@@ -272,17 +272,6 @@ def _explained(
         "warning": "; ".join(filter(None, (signed.warning, result.float16))) or None,
     }
     return entry, {"attribution": signed.image, "overlay": laid.image}, attribution
-
-
-def _as_pixels(x: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The prepared photo as the whole numbers that a model of integers takes."""
-    if dtype.kind == "f":
-        return x
-    if dtype.kind not in "iu" or x.min() < np.iinfo(dtype).min or x.max() > np.iinfo(dtype).max:
-        raise OnnxgbpError(
-            f"the model takes pixels as {dtype}, which cannot hold {x.min():g} to {x.max():g}: see --scale, --mean"
-        )
-    return np.rint(x).astype(dtype)
 
 
 def _label(labels: list[str], index: int) -> str | None:

@@ -17,7 +17,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.model import METADATA
 from onnxgbp.runtime import InputSpec
 
-__all__ = ["SUFFIXES", "Preprocessing", "parse_floats", "photos_in", "read"]
+__all__ = ["SUFFIXES", "Preprocessing", "in_type", "parse_floats", "photos_in", "read"]
 
 SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 
@@ -187,6 +187,20 @@ def read(path: Path) -> Image.Image:
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise many kinds for a damaged file
         said = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
         raise OnnxgbpError(f"cannot read {path}: {said}") from None
+
+
+def in_type(x: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """A prepared photo in the type that the model takes: whole numbers for one of integers.
+
+    Raises:
+        OnnxgbpError: it cannot hold them.
+    """
+    limits: Any = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype) if dtype.kind in "iu" else None
+    if limits is None or not limits.min <= x.min() <= x.max() <= limits.max:
+        raise OnnxgbpError(
+            f"the model takes pixels as {dtype}, which cannot hold {x.min():g} to {x.max():g}: see --scale, --mean"
+        )
+    return (x if dtype.kind == "f" else np.rint(x)).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
