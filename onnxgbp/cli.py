@@ -16,6 +16,7 @@ from onnxgbp.model import load
 from onnxgbp.rules import RULES, parse_activations, parse_method, parse_methods, parse_rules
 from onnxgbp.scale import parse_seed_scale
 from onnxgbp.target import SEEDS, parse_class, parse_target, parse_unit
+from onnxgbp.views import REDUCTIONS, VIEWS
 
 __all__ = ["main"]
 
@@ -176,6 +177,13 @@ def _seed_scale(default: float | str) -> Callable[[Any], Any]:
     help="Fastest in ONNX Runtime, or right in every runtime.",
 )
 @_seed_scale(1.0)
+@click.option(
+    "--view", type=click.Choice(VIEWS), default="signed", show_default=True, help="Add such a view as output."
+)
+@click.option(
+    "--reduce", type=click.Choice(REDUCTIONS), default="none", show_default=True, help="Of the view's channels."
+)
+@click.option("--heatmap", is_flag=True, help="Add the view as uint8, scaled to the largest of each sample.")
 def convert(model: Path, out: Path, **options: Any) -> None:
     """Writes MODEL together with its attribution as one plain ONNX file."""
     aim = {name: options.pop(name) for name in ("target", "output", "unit", "seed", "wrt")}

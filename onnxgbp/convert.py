@@ -30,6 +30,7 @@ from onnxgbp.stream import is_large, stream
 from onnxgbp.target import (
     Explained,
     Seed,
+    classes_of,
     explained_tensor,
     make_seed,
     parse_seed,
@@ -39,6 +40,9 @@ from onnxgbp.target import (
     stripped_text,
     unit_text,
 )
+from onnxgbp.views import View, add_views
+
+_NO_VIEW = View()
 
 __all__ = ["GradientGraph", "Rules", "convert", "describe", "fixed_scale", "result_names"]
 
@@ -58,6 +62,9 @@ def convert(
     rule: Rules = (),
     activations: str | Sequence[str] = "all",
     profile: str = "ort",
+    view: str = "signed",
+    reduce: str = "none",
+    heatmap: bool = False,
     seed_scale: float | str = 1.0,
 ) -> onnx.ModelProto:
     """Turns a classifier into one plain ONNX model that gives the original outputs and the attribution.
@@ -86,6 +93,7 @@ def convert(
             over node names, `type:` and a glob over operators, or `depth:<5`.
         activations: all, relu, or names: which activations get the rule, the others stay plain.
         profile: ort spells the gradient for ONNX Runtime's speed, portable for every runtime.
+        view, reduce, heatmap: further outputs `<attribution>_view` and `<attribution>_heatmap`, see `views.View`.
         seed_scale: a power of two that the seed, and with it the whole of `attribution`, is multiplied by, so that a
             float16 map keeps within its range; `auto` tries the model on random inputs (with ONNX Runtime) and is 1
             for any other type. `input` makes it the last input, a scalar of the explained tensor's type.
@@ -103,7 +111,7 @@ def convert(
         "sweeps": sweeps,
     }
     look: dict[str, Any] = {"method": method, "methods": methods, "rule": rule, "activations": activations}
-    look["profile"] = profile
+    look |= {"profile": profile, "view": view, "reduce": reduce, "heatmap": heatmap}
     scale = fixed_scale(source, seed_scale, place, look)
     return GradientGraph.build(source, **place, seed_scale=scale).render(**look)
 
@@ -223,6 +231,11 @@ class GradientGraph:
         order += [activation for activation in marked if activation.node not in found]  # in the bodies of control flow
         return cls(source, model, tuple(order), depths(graph, order), explained, options, arguments)
 
+    @property
+    def seed_classes(self) -> int | None:
+        """K, where K classes of each sample are explained."""
+        return classes_of(self.options["target"])
+
     def choices(
         self, *, method: str = "guided", rule: Rules = (), activations: str | Sequence[str] = "all"
     ) -> dict[str, Choice]:
@@ -237,9 +250,13 @@ class GradientGraph:
         rule: Rules = (),
         activations: str | Sequence[str] = "all",
         profile: str = "ort",
+        view: str = "signed",
+        reduce: str = "none",
+        heatmap: bool = False,
     ) -> onnx.ModelProto:
         """The finished model under one choice of rules. The arguments are those of `convert`."""
-        return to_proto(self._finished(parse_methods(method, methods), rule, activations, profile), self.source)
+        names, shown = parse_methods(method, methods), View(view, reduce, heatmap)
+        return to_proto(self._finished(names, rule, activations, profile, shown), self.source)
 
     def save(
         self,
@@ -250,13 +267,17 @@ class GradientGraph:
         rule: Rules = (),
         activations: str | Sequence[str] = "all",
         profile: str = "ort",
+        view: str = "signed",
+        reduce: str = "none",
+        heatmap: bool = False,
     ) -> str:
         """Writes what `render` gives, the same bytes, without a second copy of the weights in memory.
 
         Returns:
             One line on what the file explains.
         """
-        model = self._finished(parse_methods(method, methods), rule, activations, profile)
+        names, shown = parse_methods(method, methods), View(view, reduce, heatmap)
+        model = self._finished(names, rule, activations, profile, shown)
         initializers = model.graph.initializers
         if self.source.path is not None and Path(path).exists() and Path(path).samefile(self.source.path):
             raise OnnxgbpError(f"cannot write {path}: it is the model itself; choose another name")
@@ -283,6 +304,7 @@ class GradientGraph:
         rule: Rules,
         activations: str | Sequence[str],
         profile: str,
+        view: View = _NO_VIEW,
         *,
         measure: bool = False,
     ) -> ir.Model:
@@ -290,7 +312,7 @@ class GradientGraph:
             raise OnnxgbpError(f"no profile is called '{profile}': choose one of {', '.join(PROFILES)}")
         if len(methods) != self.arguments["sweeps"]:
             again = GradientGraph.build(self.source, **self.arguments | {"sweeps": len(methods)})
-            return again._finished(methods, rule, activations, profile, measure=measure)
+            return again._finished(methods, rule, activations, profile, view, measure=measure)
         rules = listed(rule, "rule")
         choices = [self.choices(method=method, rule=rules, activations=activations) for method in methods]
         model = self.model.clone()
@@ -299,23 +321,31 @@ class GradientGraph:
         try:
             install(op, choices, measure=measure)
             lower(op, profile)
+            if view.asked:
+                rows = 1 if self.seed_classes is None else 2
+                names = result_names(methods, json.loads(self.options["wrt"]))
+                add_views(op, list(names), view, self.source.model.metadata_props, rows)
         except OpsetTooLowError as error:
             again = GradientGraph.build(raised(self.source, error.opset), **self.arguments)
-            return again._finished(methods, rules, activations, profile, measure=measure)
+            return again._finished(methods, rules, activations, profile, view, measure=measure)
         merge_equal(model.graph)
         prune(model.graph)
         _join_outputs(model.graph)
         _plain(model.graph)
         _large_last(model.graph)
-        options = self.options | {
-            "activations": activations if isinstance(activations, str) else ",".join(activations),
-            "audit": json.dumps(_audited(methods, choices), ensure_ascii=False),
-            "method": ",".join(methods),
-            "profile": profile,
-            "rules": json.dumps([f"{pattern}={name}" for pattern, name in _rules(methods, rules)]),
-            "sha256": self.source.sha256,
-            "version": importlib.metadata.version("onnxgbp"),
-        }
+        options = (
+            self.options
+            | view.metadata()
+            | {
+                "activations": activations if isinstance(activations, str) else ",".join(activations),
+                "audit": json.dumps(_audited(methods, choices), ensure_ascii=False),
+                "method": ",".join(methods),
+                "profile": profile,
+                "rules": json.dumps([f"{pattern}={name}" for pattern, name in _rules(methods, rules)]),
+                "sha256": self.source.sha256,
+                "version": importlib.metadata.version("onnxgbp"),
+            }
+        )
         model.metadata_props.update({METADATA + name: value for name, value in sorted(options.items())})
         return model
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from onnxgbp.convert import GradientGraph, Rules
+from onnxgbp.convert import GradientGraph, Rules, result_names
 from onnxgbp.diagnose import first_not_finite, why_blank
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
@@ -29,7 +29,7 @@ from onnxgbp.labels import find_label, labels_of
 from onnxgbp.model import METADATA, ModelLike, Source, load
 from onnxgbp.rules import listed, parse_methods, parse_rules
 from onnxgbp.scale import Census, computes_in_float16, fit, lost, parse_seed_scale, start
-from onnxgbp.target import parse_unit, unit_text
+from onnxgbp.target import classes_of, parse_unit, unit_text
 
 __all__ = ["Explainer", "Explanation", "InputSpec"]
 
@@ -224,8 +224,7 @@ class Explainer:
         self.mode = self.metadata[METADATA + "target"]
         """What chooses the class: `input` (each call), or argmax, seed or an index that a converted file has fixed."""
         self._target_input = inputs.pop() if self.mode.startswith("input") else None
-        count = self.mode.removeprefix("input").removeprefix("top")
-        self.top: int | None = int(count) if count.isdecimal() and count != self.mode else None
+        self.top = classes_of(self.mode)
         """How many classes of each sample are explained at once; None for one, without an axis for it."""
         self.labels = labels_of(self.metadata)
         """The names of the classes, [] where the model's metadata has none."""
@@ -234,9 +233,8 @@ class Explainer:
         """What a call must be given."""
         self.wrt = tuple(json.loads(self.metadata[METADATA + "wrt"]))
         names = [output.name for output in self._session.get_outputs()]
-        added = 1 + len(self.wrt) * len(self.methods)
-        self._ours = names[-added:]
-        self._theirs = names[:-added]
+        self._ours = [*result_names(self.methods, self.wrt), "attribution_target"]
+        self._theirs = [name for name in names if name not in self._ours]  # and the views, which stand last
         types = {output.name: output.type for output in self._session.get_outputs()}
         self.scores_output = _scores_output(proto, self.metadata[METADATA + "explained"], self._theirs)
         """The name of the output that `Explanation.scores` holds."""

@@ -22,6 +22,7 @@ __all__ = [
     "Explained",
     "Seed",
     "Unit",
+    "classes_of",
     "explained_tensor",
     "find_tensor",
     "make_seed",
@@ -77,7 +78,7 @@ def parse_target(target: str | int) -> str | int:
     """
     if isinstance(target, str):
         text = target.strip()
-        if not text or _several(text) == 0:
+        if not text or classes_of(text) == 0:
             raise OnnxgbpError(f"target '{target}' is none of argmax, topK, input, inputK, seed, an index or a name")
         return int(text) if _INTEGER.fullmatch(text) else text
     try:
@@ -95,8 +96,8 @@ _SEVERAL = re.compile(r"(top|input)(\d+)")
 _WORDS = ("argmax", "input", "seed")
 
 
-def _several(target: str | int) -> int | None:
-    """K of `topK` and `inputK`."""
+def classes_of(target: str | int) -> int | None:
+    """K of the targets `topK` and `inputK`, None for the others."""
     match = _SEVERAL.fullmatch(target) if isinstance(target, str) else None
     return int(match[2]) if match else None
 
@@ -107,7 +108,7 @@ def resolve_target(target: str | int, labels: Sequence[str]) -> str | int:
     Raises:
         OnnxgbpError: no label, or more than one, is called so.
     """
-    if not isinstance(target, str) or target in _WORDS or _several(target) is not None:
+    if not isinstance(target, str) or target in _WORDS or classes_of(target) is not None:
         return target
     return find_label(target, labels)
 
@@ -119,7 +120,7 @@ def parse_class(target: str | int) -> str | int | None:
         OnnxgbpError: anything else.
     """
     parsed = parse_target(target)
-    if parsed in ("input", "seed") or _several(parsed) is not None:
+    if parsed in ("input", "seed") or classes_of(parsed) is not None:
         raise OnnxgbpError(f"target '{parsed}' is for a converted file that others feed; give argmax or a class")
     return None if parsed == "argmax" else parsed
 
@@ -360,7 +361,7 @@ def _counted(op: Emit, rows: ir.Value) -> ir.Value:
 def _classes(op: Emit, tensor: ir.Value, target: str | int) -> Seed:
     """One class of each sample, or K of them."""
     dims = dims_of(tensor) or ()
-    classes, trivial, count = dims[1], [1] * (len(dims) - 2), _several(target)
+    classes, trivial, count = dims[1], [1] * (len(dims) - 2), classes_of(target)
     column = [-1, 1, *trivial]  # the shape [N, 1, ...] of one class per sample
     if isinstance(target, int) and isinstance(classes, int) and 0 <= target < classes:
         row = op.like(np.eye(1, classes, target).reshape(1, classes, *trivial), tensor)

@@ -40,7 +40,7 @@ from onnxgbp.float64 import to_float64
 from onnxgbp.inputs import integer_ranges
 from onnxgbp.model import METADATA, load
 from onnxgbp.scale import computes_in_float16, fit, lost, start
-from onnxgbp.target import parse_unit
+from onnxgbp.target import classes_of, parse_unit
 from onnxgbp.trial import (
     SIZES,
     Array,
@@ -53,6 +53,7 @@ from onnxgbp.trial import (
     session,
     sizes_that_run,
 )
+from onnxgbp.views import View
 
 __all__ = ["Check", "Report", "verify_model"]
 
@@ -190,8 +191,15 @@ class _Record:
     @property
     def classes(self) -> int | None:
         """K, where K classes of each sample are explained."""
-        count = self.said["target"].removeprefix("top").removeprefix("input")
-        return int(count) if count.isdecimal() and count != self.said["target"] else None
+        return classes_of(self.said["target"])
+
+    @property
+    def views(self) -> list[str]:
+        """The outputs behind all others."""
+        made = View(self.said.get("view", "signed"), self.said.get("reduce", "none"))
+        ends = ["view"] if made.changes else []
+        ends += ["heatmap"] if self.said.get("heatmap") == "uint8" else []
+        return [f"{name}_{end}" for name in self.results for end in ends]
 
     @property
     def seed_scale(self) -> float:
@@ -211,6 +219,9 @@ class _Record:
             seed=self.said["seed"],
             wrt=self.wrt,
             profile=self.said["profile"],
+            view="signed" if plain else self.said.get("view", "signed"),
+            reduce="none" if plain else self.said.get("reduce", "none"),
+            heatmap=not plain and self.said.get("heatmap") == "uint8",
             seed_scale=self.seed_scale if seed_scale is None else seed_scale,
         )
 
@@ -270,7 +281,7 @@ class _Verification:
             if what not in known:
                 raise _Failed(f"the metadata names tensor '{what}', which the file does not hold")
         names = [output.name for output in self.proto.graph.output]
-        added = [*self.record.results, "attribution_target"]
+        added = [*self.record.results, "attribution_target", *self.record.views]
         if names[-len(added) :] != added:
             raise _Failed(f"the outputs should end with {', '.join(added)}, and are {', '.join(names)}")
         for result, name in self.record.results.items():
@@ -447,6 +458,11 @@ class _Verification:
         target, wanted = found["attribution_target"], fresh["attribution_target"]
         if not np.array_equal(target, wanted) or not np.array_equal(target, self.expected_target):
             raise _Failed(f"attribution_target is {target.tolist()}, it should be {self.expected_target.tolist()}")
+        for name in self.record.views:
+            zero = 128.0 if found[name].dtype == np.uint8 and self.record.said["view"] == "signed" else 0.0
+            a, b = found[name].astype(np.float64) - zero, fresh[name].astype(np.float64) - zero
+            if a.shape != b.shape or not angle(a, b) <= 2 * _COSINE:  # a step of 256 is coarse
+                raise _Failed(f"'{name}' is not the view of the attribution that the metadata tells of")
         said = f"1 - cosine with a fresh conversion; median relative error {median:.2g} (at most {tolerance:.2g})"
         if not any(np.any(fresh[result]) for result in self.record.results):
             said += "; the map is zero at every input tried"
