@@ -45,7 +45,8 @@ Explainer::Explainer(Model model) : model_(std::move(model)) {
         throw Error("the model is no converted file: make one with onnxgbp convert --target input");
     mode_ = *target;
     if (mode_ == "seed")
-        throw Error("the model was converted with --target seed, which this program cannot feed: convert with --target input");
+        throw Error(
+            "the model was converted with --target seed, which this program cannot feed: convert with --target input");
     const std::vector<std::string> wrt = texts("wrt", said("wrt"));
     const std::size_t fed = mode_ == "input" ? 2 : 1;
     if (wrt.size() != 1 || model_.inputs.size() != fed)
@@ -53,17 +54,19 @@ Explainer::Explainer(Model model) : model_(std::move(model)) {
     const Port &input = model_.inputs.front();
     if (!is_float(input.type)) throw Error("input '" + input.name + "' is of no float type");
     if (model_.outputs.size() < 2 || model_.outputs.back().type != Type::int64 ||
-        !is_float(model_.outputs[model_.outputs.size() - 2].type) || (fed == 2 && model_.inputs.back().type != Type::int64))
+        !is_float(model_.outputs[model_.outputs.size() - 2].type) ||
+        (fed == 2 && model_.inputs.back().type != Type::int64))
         throw Error("the model's inputs and outputs are not those that onnxgbp convert writes");
     preprocessing = Preprocessing::of(said("preprocessing"), input.name, input.shape);
     if (input.shape.front() > 1)
-        throw Error("the model takes " + std::to_string(input.shape.front()) + " pictures at a time; export it with a free batch");
+        throw Error("the model takes " + std::to_string(input.shape.front()) +
+                    " pictures at a time; export it with a free batch");
     labels_ = texts("labels", said("labels"));
     explains_unit = said("unit").has_value();
+    behind = said("stripped").value_or("");
     if (wrt.front() == input.name) layout = preprocessing.layout;
     find_scores(model_.outputs.size() - 2);
     headline = *method + " of '" + *explained + "'" + (explains_unit ? " (unit " + *said("unit") + ")" : "");
-    if (const auto behind = said("stripped")) headline += "; " + *behind;
 }
 
 std::optional<std::string> Explainer::said(const std::string &key) const {
@@ -73,7 +76,7 @@ std::optional<std::string> Explainer::said(const std::string &key) const {
 
 /// The output that shows the explained tensor, as it is or behind a softmax; else the first of a float type.
 void Explainer::find_scores(std::size_t theirs) {
-    const std::string explained = *said("explained"), behind = said("stripped").value_or("");
+    const std::string explained = *said("explained");
     for (std::size_t i = 0; i < theirs; ++i) {
         const Port &output = model_.outputs[i];
         if (!is_float(output.type)) continue;
@@ -89,11 +92,13 @@ void Explainer::check_target(std::optional<std::int64_t> target) const {
     if (!target) return;
     if (explains_unit) throw Error("unit " + *said("unit") + " is explained: leave the target out");
     if (*target < 0 || (classes_ && *target >= *classes_))
-        throw Error("target " + std::to_string(*target) + " is out of range: " +
-                    (classes_ ? "the model has " + std::to_string(*classes_) + " classes, 0 to " + std::to_string(*classes_ - 1)
-                              : "it counts from 0"));
+        throw Error(
+            "target " + std::to_string(*target) + " is out of range: " +
+            (classes_ ? "the model has " + std::to_string(*classes_) + " classes, 0 to " + std::to_string(*classes_ - 1)
+                      : "it counts from 0"));
     if (mode_ != "input" && mode_ != std::to_string(*target))
-        throw Error("the model was converted with --target " + mode_ + ": leave the target out, or convert with --target input");
+        throw Error("the model was converted with --target " + mode_ +
+                    ": leave the target out, or convert with --target input");
 }
 
 Explanation Explainer::operator()(const std::vector<float> &x, const std::vector<std::int64_t> &shape,
@@ -113,7 +118,8 @@ Explanation Explainer::operator()(const std::vector<float> &x, const std::vector
         const auto &dims = made[2].shape;
         std::vector<double> scores = made[2].values();
         const std::int64_t longest = dims.empty() ? 1 : *std::max_element(dims.begin(), dims.end());
-        if (static_cast<std::int64_t>(scores.size()) == longest) result.scores = std::move(scores);  // a map has no classes
+        if (static_cast<std::int64_t>(scores.size()) == longest)
+            result.scores = std::move(scores);  // a map has no classes
     }
     return result;
 }

@@ -20,7 +20,7 @@ struct Explanation {
 };
 
 class Explainer {
-   public:
+ public:
     /// Throws Error: not a converted file, or one that takes more than one picture.
     explicit Explainer(Model model);
 
@@ -36,11 +36,12 @@ class Explainer {
     void check_target(std::optional<std::int64_t> target) const;
 
     Preprocessing preprocessing;
-    std::string headline;                 // what is explained, by which method
-    std::optional<Layout> layout;         // of the attribution; nothing where it is not the input's
-    bool explains_unit = false;           // an inner unit: its number is no class
+    std::string headline;          // what is explained, by which method
+    std::string behind;            // what was walked back over to reach it, or ""
+    std::optional<Layout> layout;  // of the attribution; nothing where it is not the input's
+    bool explains_unit = false;    // an inner unit: its number is no class
 
-   private:
+ private:
     std::optional<std::string> said(const std::string &key) const;
     void find_scores(std::size_t theirs);
 

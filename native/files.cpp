@@ -17,13 +17,15 @@
 namespace onnxgbp {
 namespace {
 
+constexpr int kMostLinks = 40;  // as Linux follows
+
 Error cannot(const std::string &what, const std::string &path, int code) {
     return Error("cannot " + what + " " + path + ": " + std::generic_category().message(code));
 }
 
 /// A file beside the one that is to be written; removed unless it was moved into place.
 class Aside {
-   public:
+ public:
     explicit Aside(const std::filesystem::path &target)
         : name_((target.parent_path() / ("." + target.filename().string().substr(0, 100) + ".XXXXXX")).string()),
           descriptor_(mkstemp(name_.data())) {
@@ -56,7 +58,7 @@ class Aside {
         moved_ = true;
     }
 
-   private:
+ private:
     std::string name_;
     int descriptor_;
     bool moved_ = false;
@@ -85,7 +87,11 @@ Bytes read_file(const std::string &path, std::size_t limit) {
 void write_file(const std::string &path, const Bytes &bytes) {
     namespace fs = std::filesystem;
     try {
-        const fs::path target = fs::weakly_canonical(fs::absolute(path));
+        fs::path target = fs::absolute(path);
+        for (int links = 0; fs::is_symlink(target); ++links) {
+            if (links == kMostLinks) throw cannot("write", path, ELOOP);
+            target = target.parent_path() / fs::read_symlink(target);
+        }
         if (fs::exists(target) && !fs::is_regular_file(target))
             throw Error("cannot write " + path + ": it is there already and no regular file");
         Aside aside(target);
@@ -102,7 +108,8 @@ Bytes npy(std::string_view type, const std::vector<std::int64_t> &shape, const s
 #else
     const char order = '<';
 #endif
-    std::string header = std::string("{'descr': '") + order + std::string(type) + "', 'fortran_order': False, 'shape': (";
+    std::string header =
+        std::string("{'descr': '") + order + std::string(type) + "', 'fortran_order': False, 'shape': (";
     for (const std::int64_t size : shape) header += std::to_string(size) + ",";
     header += "), }";
     constexpr std::size_t kBefore = 10, kAlignment = 64;  // magic, version and the header's length; of what follows

@@ -13,16 +13,16 @@ namespace {
 constexpr std::size_t kLargestFile = std::size_t{1} << 30;
 
 bool starts_with(const Bytes &bytes, std::string_view magic) {
-    return bytes.size() >= magic.size() && std::equal(magic.begin(), magic.end(), bytes.begin(), [](char a, std::uint8_t b) {
-               return static_cast<std::uint8_t>(a) == b;
-           });
+    return bytes.size() >= magic.size() &&
+           std::equal(magic.begin(), magic.end(), bytes.begin(),
+                      [](char a, std::uint8_t b) { return static_cast<std::uint8_t>(a) == b; });
 }
 
 /// The next number of a PNM header, and the one byte behind it; comments run from # to the end of a line.
 std::size_t header_number(const Bytes &bytes, std::size_t &at) {
     while (at < bytes.size() && (std::isspace(bytes[at]) || bytes[at] == '#')) {
-        if (bytes[at] == '#') at = static_cast<std::size_t>(std::find(bytes.begin() + static_cast<std::ptrdiff_t>(at), bytes.end(), '\n') - bytes.begin());
-        if (at < bytes.size()) ++at;
+        const bool comment = bytes[at++] == '#';
+        while (comment && at < bytes.size() && bytes[at - 1] != '\n') ++at;
     }
     std::size_t value = 0;
     const std::size_t start = at;
@@ -46,7 +46,8 @@ Image decode_pnm(const Bytes &bytes) {
     image.pixels.resize(count);
     for (std::size_t i = 0; i < count; ++i)
         for (std::size_t c = 0; c < 3; ++c) {
-            const double value = static_cast<double>(bytes[at + i * channels + c % channels]) / static_cast<double>(most);
+            const double value =
+                static_cast<double>(bytes[at + i * channels + c % channels]) / static_cast<double>(most);
             image.pixels[i][c] = static_cast<std::uint8_t>(std::nearbyint(std::min(value * 255, 255.0)));
         }
     return image;
@@ -92,7 +93,8 @@ Image read_image(const std::string &path) {
 void check_picture_name(const std::string &path) {
     const std::string suffix = suffix_of(path);
 #ifndef ONNXGBP_PNG
-    if (suffix == ".png") throw Error("cannot write " + path + ": this program was built without libpng; choose a name in .ppm");
+    if (suffix == ".png")
+        throw Error("cannot write " + path + ": this program was built without libpng; choose a name in .ppm");
 #endif
     if (suffix != ".png" && suffix != ".ppm") throw Error("cannot write " + path + ": choose a name in .ppm or .png");
 }

@@ -24,11 +24,12 @@ struct Image {
 /// More pixels are refused before any memory is taken for them: Pillow's own limit.
 constexpr std::size_t kMostPixels = 178'956'970;
 
-/// A binary PPM or PGM of up to 8 bits, or a PNG: transparency laid on white, 16 bits made 8, turned upright as its EXIF
-/// data says. Throws Error for what is not there, no such picture, cut off, empty or too large.
+/// A binary PPM or PGM of up to 8 bits, or a PNG: transparency laid on white, 16 bits made 8, turned upright as its
+/// EXIF data says. Throws Error for what is not there, no such picture, cut off, empty or too large.
 Image read_image(const std::string &path);
 
-/// Throws Error where no picture can be written under this name: it ends in neither .ppm nor .png, or in .png without libpng.
+/// Throws Error where no picture can be written under this name: it ends in neither .ppm nor .png, or in .png without
+/// libpng.
 void check_picture_name(const std::string &path);
 
 /// Writes a PPM or a PNG, as the name says.

@@ -11,7 +11,7 @@ namespace {
 constexpr int kDeepest = 64;  // the parser calls itself: a file of brackets must not use up the stack
 
 class Parser {
-   public:
+ public:
     explicit Parser(std::string_view text) : text_(text) {}
 
     Value document() {
@@ -21,7 +21,7 @@ class Parser {
         return value;
     }
 
-   private:
+ private:
     [[noreturn]] void fail(const std::string &what) const {
         throw std::invalid_argument(what + " at byte " + std::to_string(at_));
     }

@@ -90,7 +90,8 @@ Options parsed(int argc, char **argv) {
                 options.raw = value;
                 break;
             case kTarget:
-                options.target = value == "argmax" ? std::nullopt : std::optional<std::int64_t>(count("target", optarg, 0));
+                options.target =
+                    value == "argmax" ? std::nullopt : std::optional<std::int64_t>(count("target", optarg, 0));
                 break;
             case kTop:
                 options.top = static_cast<std::size_t>(count("top", optarg, 0));
@@ -159,7 +160,14 @@ void run(const Options &options) {
     if (!options.out.empty()) write_image(options.out, picture.image);
 
     const char *provider = options.provider == Provider::cuda ? "cuda" : "cpu";
-    std::printf("%s: %s on %s\n", options.model.c_str(), shown(explainer.headline).c_str(), provider);
+    std::printf("%s: %s on %s%s%s\n", options.model.c_str(), shown(explainer.headline).c_str(), provider,
+                explainer.behind.empty() ? "" : "; ", shown(explainer.behind).c_str());
+    std::printf("input: %s\n", explainer.preprocessing.text().c_str());
+    if (!explainer.preprocessing.assumed.empty()) {
+        std::string names;
+        for (const std::string &name : explainer.preprocessing.assumed) names += (names.empty() ? "" : ", ") + name;
+        std::printf("the model does not say how to prepare an image; assumed %s\n", names.c_str());
+    }
     std::printf("%s\n", options.image.c_str());
     for (const std::size_t index : strongest(result.scores, options.top))
         std::printf("  %10.4g  %s\n", result.scores[index], named(explainer, static_cast<std::int64_t>(index)).c_str());

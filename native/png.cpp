@@ -1,5 +1,5 @@
-// libpng leaves through longjmp: between setjmp and it, no function here owns anything that has to be destroyed. What is
-// allocated belongs to the caller, in a Picture or in a vector.
+// libpng leaves through longjmp: between setjmp and it, no function here owns anything that has to be destroyed. What
+// is allocated belongs to the caller, in a Picture or in a vector.
 #include <png.h>
 
 #include <algorithm>
@@ -50,7 +50,8 @@ int orientation_of(const png_byte *exif, std::size_t size) {
     const bool little = size >= 2 && exif[0] == 'I';
     const auto number = [&](std::size_t at, int count) {
         unsigned value = 0;
-        for (int i = 0; i < count; ++i) value = value << 8 | exif[at + static_cast<std::size_t>(little ? count - 1 - i : i)];
+        for (int i = 0; i < count; ++i)
+            value = value << 8 | exif[at + static_cast<std::size_t>(little ? count - 1 - i : i)];
         return value;
     };
     if (size < 8) return 1;

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 #include "error.hpp"
@@ -11,14 +13,19 @@
 namespace onnxgbp {
 namespace {
 
-constexpr std::int64_t kWidest = 8;  // a longer side of more than this many shorter ones is trimmed before it is resized
+constexpr std::int64_t kWidest =
+    8;  // a longer side of more than this many shorter ones is trimmed before it is resized
+const char *const kFields[] = {"size", "crop", "channels", "scale", "mean", "std", "layout"};
+const char *const kChannels[] = {"rgb", "bgr", "grey"};  // in the order of their enum, as the layouts
+const char *const kLayouts[] = {"nchw", "nhwc"};
 const char *const kKey = "the model's metadata 'onnxgbp.preprocessing'";
 
 [[noreturn]] void malformed(const std::string &what) { throw Error(std::string(kKey) + " " + what); }
 
 std::int64_t integer(const std::string &name, const json::Value &value) {
     const auto *number = value.get<json::Number>();
-    if (!number || !number->integer || std::abs(number->value) > 1e9) malformed("has a " + name + " that is no integer");
+    if (!number || !number->integer || std::abs(number->value) > 1e9)
+        malformed("has a " + name + " that is no integer");
     return static_cast<std::int64_t>(number->value);
 }
 
@@ -61,11 +68,12 @@ std::pair<std::int64_t, std::int64_t> pair(const std::string &name, const json::
 }
 
 /// One of the words, as its place among them.
-std::size_t word(const std::string &name, const json::Value &value, const std::vector<std::string> &words) {
+template <std::size_t N>
+std::size_t word(const std::string &name, const json::Value &value, const char *const (&words)[N]) {
     const auto *text = value.get<std::string>();
-    const auto found = text ? std::find(words.begin(), words.end(), *text) : words.end();
-    if (found == words.end()) malformed("has an unknown " + name);
-    return static_cast<std::size_t>(found - words.begin());
+    const auto found = text ? std::find(std::begin(words), std::end(words), *text) : std::end(words);
+    if (found == std::end(words)) malformed("has an unknown " + name);
+    return static_cast<std::size_t>(found - std::begin(words));
 }
 
 json::Object parsed(const std::optional<std::string> &metadata) {
@@ -80,8 +88,8 @@ json::Object parsed(const std::optional<std::string> &metadata) {
     if (!said) malformed("is no JSON object");
     json::Object members;
     for (const auto &[name, value] : *said) {
-        static const std::vector<std::string> known{"size", "crop", "channels", "scale", "mean", "std", "layout"};
-        if (std::find(known.begin(), known.end(), name) == known.end()) malformed("has an unknown entry '" + name + "'");
+        if (std::find(std::begin(kFields), std::end(kFields), name) == std::end(kFields))
+            malformed("has an unknown entry '" + name + "'");
         if (!value.is_null()) members.emplace(name, value);
     }
     return members;
@@ -137,7 +145,8 @@ std::vector<Window> windows(std::size_t from, std::size_t to) {
         }
         result[i].first = first;
         for (const double weight : weights)
-            result[i].weights.push_back(static_cast<std::int32_t>(0.5 + (sum == 0 ? weight : weight / sum) * (1 << kBits)));
+            result[i].weights.push_back(
+                static_cast<std::int32_t>(0.5 + (sum == 0 ? weight : weight / sum) * (1 << kBits)));
     }
     return result;
 }
@@ -179,7 +188,8 @@ Image shorter_side(Image image, std::size_t size) {
         return old == shorter ? size : rounded(wanted / static_cast<double>(shorter));
     };
     const std::size_t width = side(image.width), height = side(image.height);
-    if (width > kMostPixels / height) throw Error("a picture of which the shorter side has " + std::to_string(size) + " pixels is too large");
+    if (width > kMostPixels / height)
+        throw Error("a picture of which the shorter side has " + std::to_string(size) + " pixels is too large");
     return resized(image, width, height);
 }
 
@@ -216,7 +226,7 @@ Preprocessing Preprocessing::of(const std::optional<std::string> &metadata, cons
     // Three or one at the end, and not at the front, can only be channels there.
     const auto colours = [](std::int64_t dim) { return dim == 1 || dim == 3; };
     result.layout = colours(shape[3]) && !colours(shape[1]) ? Layout::nhwc : Layout::nchw;
-    if (const auto *value = get("layout")) result.layout = static_cast<Layout>(word("layout", *value, {"nchw", "nhwc"}));
+    if (const auto *value = get("layout")) result.layout = static_cast<Layout>(word("layout", *value, kLayouts));
     const bool last = result.layout == Layout::nhwc;
     const std::int64_t channels = shape[last ? 3 : 1], height = shape[last ? 1 : 2], width = shape[last ? 2 : 3];
     if (channels > 0 && !colours(channels))
@@ -224,7 +234,7 @@ Preprocessing Preprocessing::of(const std::optional<std::string> &metadata, cons
 
     result.channels = channels == 1 ? Channels::grey : Channels::rgb;
     if (const auto *value = get("channels"))
-        result.channels = static_cast<Channels>(word("channels", *value, {"rgb", "bgr", "grey"}));
+        result.channels = static_cast<Channels>(word("channels", *value, kChannels));
     if (const auto *value = get("scale")) result.scale = number("scale", *value);
     if (const auto *value = get("mean")) result.mean = numbers("mean", *value);
     if (const auto *value = get("std")) result.std = numbers("std", *value);
@@ -234,6 +244,10 @@ Preprocessing Preprocessing::of(const std::optional<std::string> &metadata, cons
         result.size = integer("size", *value);
     else if (result.crop)
         result.size = std::max(result.crop->first, result.crop->second);  // either way round, the crop must fit in
+    for (const std::string name : kFields) {
+        const bool absent = (name == "size" && !result.size) || (name == "crop" && !result.crop);
+        if (!absent && !get(name.c_str())) result.assumed.push_back(name);
+    }
     check(result);
 
     if (channels > 0 && static_cast<std::size_t>(channels) != count_of(result.channels))
@@ -242,11 +256,31 @@ Preprocessing Preprocessing::of(const std::optional<std::string> &metadata, cons
     if (result.crop) {
         const auto [high, wide] = *result.crop;
         const std::string crop = std::to_string(high) + " x " + std::to_string(wide);
-        if ((height > 0 && height != high) || (width > 0 && width != wide)) throw Error(where + " does not fit the crop " + crop);
+        if ((height > 0 && height != high) || (width > 0 && width != wide))
+            throw Error(where + " does not fit the crop " + crop);
         if (result.size && *result.size < std::min(high, wide))
-            throw Error("size " + std::to_string(*result.size) + " is smaller than the crop " + crop + ": convert with a larger one");
+            throw Error("size " + std::to_string(*result.size) + " is smaller than the crop " + crop +
+                        ": convert with a larger one");
     }
     return result;
+}
+
+std::string Preprocessing::text() const {
+    const auto number = [](const char *format, double value) {
+        char buffer[32];
+        std::snprintf(buffer, sizeof buffer, format, value);
+        return std::string(buffer);
+    };
+    const auto list = [&](const std::vector<double> &values) {
+        std::string joined;
+        for (const double value : values) joined += (joined.empty() ? "" : ",") + number("%g", value);
+        return joined;
+    };
+    std::string result;
+    if (size) result += "shorter side " + std::to_string(*size) + ", ";
+    if (crop) result += "crop " + std::to_string(crop->first) + " x " + std::to_string(crop->second) + ", ";
+    return result + kChannels[static_cast<std::size_t>(channels)] + ", scale " + number("%.6g", scale) + ", mean " +
+           list(mean) + ", std " + list(std) + ", " + kLayouts[static_cast<std::size_t>(layout)];
 }
 
 std::pair<std::vector<float>, std::vector<std::int64_t>> Preprocessing::prepare(const Image &photo) const {
@@ -256,7 +290,9 @@ std::pair<std::vector<float>, std::vector<std::int64_t>> Preprocessing::prepare(
         if (image.width < wide || image.height < high)
             throw Error("the picture is " + std::to_string(image.width) + " x " + std::to_string(image.height) +
                         ", smaller than the crop " + std::to_string(wide) + " x " + std::to_string(high));
-        const auto margin = [](std::size_t whole, std::size_t part) { return rounded(static_cast<double>(whole - part) / 2); };
+        const auto margin = [](std::size_t whole, std::size_t part) {
+            return rounded(static_cast<double>(whole - part) / 2);
+        };
         image = cropped(image, margin(image.width, wide), margin(image.height, high), wide, high);
     }
     const std::size_t count = count_of(channels), area = image.pixels.size();

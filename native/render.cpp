@@ -99,7 +99,8 @@ Picture signed_picture(const Tensor &attribution, std::optional<Layout> layout, 
                           " values are not finite, drawn as zero: the model overflows or divides by zero here";
     else if (picture.clip == 0)
         picture.warning =
-            "the attribution is zero everywhere: no path from the input to the target is active; likely the target is an "
+            "the attribution is zero everywhere: no path from the input to the target is active; likely the target is "
+            "an "
             "inactive unit behind a ReLU, or the rules let nothing through";
     return picture;
 }

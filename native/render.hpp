@@ -19,8 +19,9 @@ struct Picture {
 
 constexpr double kPercentile = 99.5;  // of |value|: a few outliers would leave the rest of a map invisible
 
-/// The attribution [C, H, W] (or [H, W, C] for nhwc) as a picture of its own size. Three colour channels are each drawn for
-/// itself: mid-grey (128) is zero. Of any other number, or where `layout` is nothing, the sum is drawn: blue, white, red.
+/// The attribution [C, H, W] (or [H, W, C] for nhwc) as a picture of its own size. Three colour channels are each drawn
+/// for itself: mid-grey (128) is zero. Of any other number, or where `layout` is nothing, the sum is drawn: blue,
+/// white, red.
 Picture signed_picture(const Tensor &attribution, std::optional<Layout> layout, Channels channels);
 
 }  // namespace onnxgbp

@@ -83,12 +83,16 @@ void start_api(const std::string &library) {
     void *handle = load(library);
     using Base = const OrtApiBase *(*)();
     const auto base = reinterpret_cast<Base>(dlsym(handle, "OrtGetApiBase"));
-    if (!base) throw Error("cannot load ONNX Runtime: " + (library.empty() ? "the library found" : library) + " is no ONNX Runtime");
+    if (!base)
+        throw Error("cannot load ONNX Runtime: " + (library.empty() ? "the library found" : library) +
+                    " is no ONNX Runtime");
     const std::string version = base()->GetVersionString();
     // Asked for an interface that it does not have, the library prints a line of its own: 1.N is known to have N.
     const bool old = version.rfind("1.", 0) == 0 && std::atoi(version.c_str() + 2) < ORT_API_VERSION;
     const OrtApi *api = old ? nullptr : base()->GetApi(ORT_API_VERSION);
-    if (!api) throw Error("ONNX Runtime " + version + " is too old: this program needs 1." + std::to_string(ORT_API_VERSION) + " or newer");
+    if (!api)
+        throw Error("ONNX Runtime " + version + " is too old: this program needs 1." + std::to_string(ORT_API_VERSION) +
+                    " or newer");
     Ort::InitApi(api);
 }
 
@@ -128,7 +132,8 @@ Tensor Tensor::of(Type type, const std::vector<std::int64_t> &shape, const std::
         for (const float value : values) {
             if constexpr (std::is_same_v<T, Ort::Float16_t>) {
                 cast.push_back(Ort::Float16_t(value));
-                if (std::isfinite(value) && cast.back().IsInfinity()) throw Error("the model's input is float16, which cannot hold the picture's values");
+                if (std::isfinite(value) && cast.back().IsInfinity())
+                    throw Error("the model's input is float16, which cannot hold the picture's values");
             } else {
                 cast.push_back(static_cast<T>(value));
             }
@@ -164,7 +169,8 @@ struct Model::Session {
 };
 
 Model::Model(const std::string &path, const std::string &library, Provider provider, int threads) : path_(path) {
-    if (!std::ifstream(path, std::ios::binary).good()) throw Error("cannot read " + path + ": no such file, or not readable");
+    if (!std::ifstream(path, std::ios::binary).good())
+        throw Error("cannot read " + path + ": no such file, or not readable");
     start_api(library);
     try {
         session_ = std::make_unique<Session>();
@@ -176,7 +182,8 @@ Model::Model(const std::string &path, const std::string &library, Provider provi
                 add_cuda(options);
                 session_->session = Ort::Session(session_->env, path.c_str(), options);
             } catch (const Ort::Exception &error) {
-                throw Error("CUDA does not work here (" + short_text(error.what()) + "): check driver, CUDA and cuDNN, or choose --provider cpu");
+                throw Error("CUDA does not work here (" + short_text(error.what()) +
+                            "): check driver, CUDA and cuDNN, or choose --provider cpu");
             }
         } else {
             session_->session = Ort::Session(session_->env, path.c_str(), options);
@@ -205,7 +212,8 @@ std::vector<Tensor> Model::run(const std::vector<Tensor> &given, const std::vect
         std::vector<const char *> names, results;
         for (std::size_t i = 0; i < given.size(); ++i) {
             const Tensor &tensor = given[i];
-            auto *data = const_cast<std::byte *>(tensor.data.data());  // the interface has no const; inputs are only read
+            auto *data =
+                const_cast<std::byte *>(tensor.data.data());  // the interface has no const; inputs are only read
             values.push_back(Ort::Value::CreateTensor(memory, data, tensor.data.size(), tensor.shape.data(),
                                                       tensor.shape.size(), code_of(tensor.type)));
             names.push_back(inputs[i].name.c_str());

@@ -36,7 +36,7 @@ enum class Provider { cpu, cuda };
 
 /// A model in a session.
 class Model {
-   public:
+ public:
     /// library: the path of a libonnxruntime, or "" for ONNXRUNTIME_LIBRARY in the environment and then the loader's;
     /// threads: within one operator, 0 leaves it to ONNX Runtime. Throws Error: no library, one that is too old, a file
     /// that is no model, or CUDA that does not work.
@@ -50,7 +50,7 @@ class Model {
     /// One run: a tensor for each input, in their order, to the outputs named. Throws Error where the runtime fails.
     std::vector<Tensor> run(const std::vector<Tensor> &given, const std::vector<std::string> &wanted);
 
-   private:
+ private:
     struct Session;
     std::unique_ptr<Session> session_;
     std::string path_;
