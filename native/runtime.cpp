@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <onnxruntime_cxx_api.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -17,10 +18,18 @@
 namespace onnxgbp {
 namespace {
 
-/// The first line of what the runtime says.
+/// The first line of what the runtime says, without its own prefix: [ONNXRuntimeError] : a number : a kind : ...
 std::string short_text(const char *said) {
-    const std::string text(said);
-    return text.substr(0, text.find('\n'));
+    const std::string separator = " : ";
+    std::string text(said);
+    text.resize(std::min(text.find('\n'), text.size()));
+    if (const std::size_t prefix = text.find("[ONNXRuntimeError]"); prefix != std::string::npos) {
+        text.erase(0, prefix);
+        for (int part = 0; part < 3; ++part)
+            if (const std::size_t end = text.find(separator); end != std::string::npos)
+                text.erase(0, end + separator.size());
+    }
+    return text;
 }
 
 /// Calls `f` with a value of the C++ type.
@@ -98,6 +107,9 @@ void start_api(const std::string &library) {
 
 void add_cuda(Ort::SessionOptions &options) {
     const OrtApi &api = Ort::GetApi();
+    const std::vector<std::string> compiled_in = Ort::GetAvailableProviders();
+    if (std::find(compiled_in.begin(), compiled_in.end(), "CUDAExecutionProvider") == compiled_in.end())
+        throw Error("this ONNX Runtime has no CUDA: give the library of a GPU build, or choose --provider cpu");
     OrtCUDAProviderOptionsV2 *cuda = nullptr;
     Ort::ThrowOnError(api.CreateCUDAProviderOptions(&cuda));
     const std::unique_ptr<OrtCUDAProviderOptionsV2, decltype(api.ReleaseCUDAProviderOptions)> owner(
