@@ -40,7 +40,7 @@ class Native:
     goldens: Path
 
     def __call__(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        env = {"PATH": os.environ["PATH"], "ONNXRUNTIME_LIBRARY": str(self.library)} | environment
+        env = os.environ | {"ONNXRUNTIME_LIBRARY": str(self.library)} | environment
         return subprocess.run([self.program, *arguments], capture_output=True, text=True, env=env, timeout=120)
 
     def refused(self, *arguments: str | Path, status: int = 1, **environment: str) -> str:
