@@ -44,9 +44,13 @@ Explainer::Explainer(Model model) : model_(std::move(model)) {
     if (!method || !target || !explained)
         throw Error("the model is no converted file: make one with onnxgbp convert --target input");
     mode_ = *target;
-    if (mode_ == "seed")
-        throw Error(
-            "the model was converted with --target seed, which this program cannot feed: convert with --target input");
+    const bool fixed = !mode_.empty() && mode_.find_first_not_of("0123456789") == std::string::npos;
+    if (mode_ != "input" && mode_ != "argmax" && !fixed)
+        throw Error("the model was converted with --target " + mode_ +
+                    ", and this program feeds one class: convert with --target input");
+    if (method->find(',') != std::string::npos)
+        throw Error("the model was converted with --methods " + *method +
+                    "; this program explains by one: convert with --method");
     const std::vector<std::string> wrt = texts("wrt", said("wrt"));
     const std::size_t fed = mode_ == "input" ? 2 : 1;
     if (wrt.size() != 1 || model_.inputs.size() != fed)
@@ -66,7 +70,10 @@ Explainer::Explainer(Model model) : model_(std::move(model)) {
     behind = said("stripped").value_or("");
     if (wrt.front() == input.name) layout = preprocessing.layout;
     find_scores(model_.outputs.size() - 2);
-    headline = *method + " of '" + *explained + "'" + (explains_unit ? " (unit " + *said("unit") + ")" : "");
+    std::string mixed;
+    for (const std::string &rule : texts("rules", said("rules")))
+        if (rule != "*=" + *method) mixed += (mixed.empty() ? ", with " : ", ") + rule;
+    headline = *method + mixed + " of '" + *explained + "'" + (explains_unit ? " (unit " + *said("unit") + ")" : "");
 }
 
 std::optional<std::string> Explainer::said(const std::string &key) const {

@@ -381,7 +381,9 @@ def test_other_float_types(native: Native, dtype: int, numpy: Any, tmp_path: Pat
         ("281", ["--target", "281"], None),
         ("281", ["--target", "argmax"], None),
         ("argmax", [], None),
-        ("seed", [], "was converted with --target seed"),
+        ("seed", [], "was converted with --target seed, and this program feeds one class"),
+        ("top2", [], "was converted with --target top2, and this program feeds one class"),
+        ("input2", [], "was converted with --target input2, and this program feeds one class"),
     ],
 )
 def test_targets(
@@ -403,12 +405,19 @@ def test_targets(
         assert f"explained: {281 if converted == '281' else 285} " in run.stdout
 
 
+def test_several_methods_are_refused(native: Native, squeezenet: Path, photo: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnxgbp.save(onnxgbp.convert(squeezenet, methods=["gradient", "guided"]), path)
+    assert "was converted with --methods gradient,guided; this program explains by one" in native.refused(path, photo)
+
+
 def test_a_unit_is_no_class(native: Native, squeezenet: Path, photo: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    onnxgbp.save(onnxgbp.convert(squeezenet, output="fire9/squeeze1x1", unit=3), path)
+    rule = "fire8*=guided"
+    onnxgbp.save(onnxgbp.convert(squeezenet, method="gradient", rule=rule, output="fire9/squeeze1x1", unit=3), path)
     assert "unit 3 is explained: leave the target out" in native.refused(path, photo, "--target", "3")
     lines = native(path, photo).stdout.splitlines()
-    assert "guided of 'fire9/squeeze1x1' (unit 3) on cpu" in lines[0]
+    assert "gradient, with fire8*=guided of 'fire9/squeeze1x1' (unit 3) on cpu" in lines[0]
     assert "  explained: 3" in lines
 
 
