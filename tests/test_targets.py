@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from checking import Array, ort_run, reference_run, small_model
+from click.testing import CliRunner
 from onnx import helper
 
 import onnxgbp
 from onnxgbp import Explainer, OnnxgbpError
+from onnxgbp.cli import main
 from onnxgbp.labels import find_label, labels_of
 
 RNG = np.random.default_rng(3)
@@ -287,3 +290,65 @@ def test_several_methods_by_the_explainer_and_by_one_graph() -> None:
 def test_a_method_named_twice_is_refused() -> None:
     with pytest.raises(OnnxgbpError, match="a method is named twice: guided, guided"):
         onnxgbp.convert(classifier(), methods="guided,guided")
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_the_command_line_aims_alike(tmp_path: Path) -> None:
+    onnx.save(classifier(), tmp_path / "net.onnx")
+    onnx.save(convolution(), tmp_path / "maps.onnx")
+
+    def converted(source: str, *options: str) -> onnx.ModelProto:
+        out = tmp_path / "out.onnx"
+        result = CliRunner().invoke(main, ["convert", str(tmp_path / source), "-o", str(out), *options])
+        assert result.exit_code == 0, result.output
+        model = onnx.load(out)
+        out.unlink()
+        return model
+
+    def same(model: onnx.ModelProto, source: str, **options: Any) -> bool:
+        again = onnxgbp.convert(tmp_path / source, **options)
+        return model.SerializeToString(deterministic=True) == again.SerializeToString(deterministic=True)
+
+    assert same(converted("net.onnx", "--target", "goldfish"), "net.onnx", target=1)
+    assert same(converted("net.onnx", "--target", "top2"), "net.onnx", target="top2")
+    methods = converted("net.onnx", "--methods", "gradient,rectgrad:75")
+    assert same(methods, "net.onnx", methods=["gradient", "rectgrad:75"])
+    unit = ("--output", "relu", "--unit", "1:3,max", "--seed", "activation")
+    assert same(converted("maps.onnx", *unit), "maps.onnx", output="relu", unit="1:3,max", seed="activation")
+    last = ("--method", "gradient", "--rule", "depth:>=-1=guided")
+    assert same(converted("maps.onnx", *last), "maps.onnx", method="gradient", rule=["depth:>=-1=guided"])
+
+
+def test_inspect_tells_what_a_converted_file_holds(tmp_path: Path) -> None:
+    onnxgbp.save(onnxgbp.convert(classifier(), methods="gradient,guided", target="tabby"), tmp_path / "out.onnx")
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "out.onnx"), "--json"])
+    found = json.loads(result.output)
+    assert found["holds"].startswith("gradient,guided of 'logits' (target 2) with respect to 'x'")
+    assert [(row["method"], row["node"], row["rule"]) for row in found["recorded"]["audit"]] == [
+        ("gradient", "relu", "gradient"),
+        ("guided", "relu", "guided"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--target", "no such class"], 1, "no class is called 'no such class'"),
+        (["--target", "top0"], 2, "none of"),
+        (["--methods", "guided,nothing"], 2, "no rule is called 'nothing'"),
+        (["--method", "rectgrad:x"], 2, "does not take x"),
+        (["--method", "rectgrad:100"], 1, "rectgrad:100 is no percentile"),
+        (["--unit", "max,1"], 2, "max stands last"),
+        (["--seed", "two"], 2, "two"),
+    ],
+)
+def test_a_wrong_aim_leaves_no_file(tmp_path: Path, options: list[str], code: int, message: str) -> None:
+    onnx.save(classifier(), tmp_path / "net.onnx")
+    result = CliRunner().invoke(
+        main, ["convert", str(tmp_path / "net.onnx"), "-o", str(tmp_path / "out.onnx"), *options]
+    )
+    assert result.exit_code == code
+    assert message in result.output
+    assert not (tmp_path / "out.onnx").exists()
