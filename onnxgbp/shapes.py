@@ -172,10 +172,20 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> tu
             types.update(loop_states(entry.proto, types, entry.opsets))
         if entry.node.op_type in _UNKNOWN_TO_ONNX:
             types[entry.proto.output[0]] = types[inputs[0]]
+        if entry.node.op_type == "MaxUnpool" and len(inputs) == 3:
+            _unpooled(entry, types, known)
         if entry.node.op_type in _POOLS:
             _drop_outer_windows(entry, types)
         _compute(entry, types, known)
     return types, known
+
+
+def _unpooled(entry: _Node, types: Types, known: dict[str, onnx.TensorProto]) -> None:
+    """A MaxUnpool whose shape is given, for which onnx infers none."""
+    x, shape = types[entry.proto.input[0]].tensor_type, known.get(entry.proto.input[2])
+    rank = len(x.shape.dim) if x.HasField("shape") else None
+    dims = [None] * rank if shape is None and rank else onnx.numpy_helper.to_array(shape).tolist() if shape else None
+    types[entry.proto.output[0]] = onnx.helper.make_tensor_type_proto(x.elem_type, dims)
 
 
 def _drop_outer_windows(entry: _Node, types: Types) -> None:

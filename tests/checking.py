@@ -21,6 +21,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_scatter_elements import ScatterElements
 
 import onnxgbp
 
@@ -402,6 +403,12 @@ class Pad(OpRun):
         return (np.pad(x[cut], grown, mode=mode, **options).astype(x.dtype),)  # type: ignore[call-overload]
 
 
+class Scatter(ScatterElements):
+    """What ScatterElements was called before opset 11; the evaluator lacks it, since the standard deprecated it."""
+
+    op_domain = ""
+
+
 LITERAL: list[type[OpRun]] = [
     AveragePool,
     BatchNormalization,
@@ -415,6 +422,7 @@ LITERAL: list[type[OpRun]] = [
     LpPool,
     MaxPool,
     Pad,
+    Scatter,
     Softmax,
 ]
 

@@ -40,6 +40,7 @@ DATA_INPUTS = {
     "LSTM": (0, 5, 6),
     "RNN": (0, 5),
     "Resize": (0,),
+    "RoiAlign": (0,),
     "Upsample": (0,),
     "Conv": (0,),
     "ConvTranspose": (0,),
@@ -55,9 +56,7 @@ ABOVE_ONE = {"Acosh"}
 TRAINING = "refused: training mode"
 EMPTY = "an empty tensor: nothing to differentiate, and the evaluator's ArgMax fails on it"
 
-REDUCTION = "refused: no rule for this reduction"
-NO_SCATTER = "the evaluator has no Scatter, which the standard deprecated"
-CROP = "refused: no rule for tf_crop_and_resize"
+FLOAT32_SAMPLES = "the evaluator samples in float32; tests/test_sampling.py compares with torch in float64"
 
 NOT_RUN = {
     "test_scan_sum": "a Scan of opset 8, which is refused: onnx's converter drops its batch axis",
@@ -65,46 +64,25 @@ NOT_RUN = {
         [
             "test_gridsample",
             "test_gridsample_aligncorners_true",
+            "test_gridsample_bicubic",
+            "test_gridsample_bicubic_align_corners_0_additional_1",
+            "test_gridsample_bicubic_align_corners_1_additional_1",
             "test_gridsample_bilinear",
             "test_gridsample_bilinear_align_corners_0_additional_1",
             "test_gridsample_bilinear_align_corners_1_additional_1",
             "test_gridsample_border_padding",
-            "test_gridsample_zeros_padding",
-        ],
-        "the evaluator samples in float32; tests/test_sampling.py compares with torch",
-    ),
-    **dict.fromkeys(
-        [
-            "test_gridsample_bicubic",
-            "test_gridsample_bicubic_align_corners_0_additional_1",
-            "test_gridsample_bicubic_align_corners_1_additional_1",
             "test_gridsample_reflection_padding",
             "test_gridsample_volumetric_bilinear_align_corners_0",
             "test_gridsample_volumetric_bilinear_align_corners_1",
             "test_gridsample_volumetric_nearest_align_corners_0",
             "test_gridsample_volumetric_nearest_align_corners_1",
+            "test_gridsample_zeros_padding",
         ],
-        "refused: no rule for cubic sampling, reflection or volumes",
+        FLOAT32_SAMPLES,
     ),
     "test_stft": "the case itself declares another number of bins than onnx infers; tests/test_sampling.py has STFT",
     "test_stft_with_window": "the window is fed, not known before the run; tests/test_sampling.py has a constant one",
-    "test_einsum_batch_diagonal": "refused: no rule for an index that repeats within one operand",
-    "test_maxunpool_export_with_output_shape": "refused: onnx infers no rank for an output whose shape is fed",
     "test_mvn": "the standard's function body knows float32 alone",
-    "test_resize_tf_crop_and_resize": CROP,
-    "test_resize_tf_crop_and_resize_axes_2_3": CROP,
-    "test_resize_tf_crop_and_resize_axes_3_2": CROP,
-    "test_resize_tf_crop_and_resize_extrapolation_value": CROP,
-    "test_scatter_elements_with_reduction_max": REDUCTION,
-    "test_scatter_elements_with_reduction_min": REDUCTION,
-    "test_scatter_elements_with_reduction_mul": REDUCTION,
-    "test_scatter_with_axis": NO_SCATTER,
-    "test_scatter_without_axis": NO_SCATTER,
-    "test_scatternd_max": REDUCTION,
-    "test_scatternd_max_with_element_indices": REDUCTION,
-    "test_scatternd_min": REDUCTION,
-    "test_scatternd_min_with_element_indices": REDUCTION,
-    "test_scatternd_multiply": REDUCTION,
     "test_batchnorm_epsilon_training_mode": TRAINING,
     "test_batchnorm_example_training_mode": TRAINING,
     "test_training_dropout": TRAINING,

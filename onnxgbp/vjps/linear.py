@@ -6,6 +6,7 @@ How a convolution's gradient is spelled depends on where it shall run: `lower.py
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -106,43 +107,64 @@ def _fold_batch(op: Emit, s: Step, gradient: ir.Value, index: int) -> ir.Value:
 
 
 def einsum(op: Emit, s: Step, index: int) -> ir.Value:
-    """The gradient for one operand is an einsum of dy with the others; an index that it alone had is spread out."""
+    """The gradient for one operand is an einsum of dy with the others; an index that it alone had is spread out.
+
+    An index that stands twice in an operand reads its diagonal: the gradient goes there, and is 0 beside it.
+    """
+    terms, result, stretched = _terms(s)
+    x, mine = s.input(index), terms[index]
+    others = [(s.input(i), term, stretched[i]) for i, term in enumerate(terms) if i != index]
+    operands = [op.Squeeze(value, axes=axes) if axes else value for value, _, axes in others]
+    left = [_without(term, axes) for _, term, axes in others]
+    own = _without(mine, stretched[index])
+    found = "".join(letter for letter in dict.fromkeys(own) if letter in result or any(letter in t for t in left))
+    gradient = op.Einsum(s.dy, *operands, equation=f"{','.join([result, *left])}->{found}")
+    repeated = [axis for axis, letter in enumerate(mine) if letter in mine[:axis]]
+    lonely = [axis for axis, letter in enumerate(mine) if letter not in found or axis in repeated]
+    lonely = sorted({*lonely, *stretched[index]})
+    if not lonely:
+        return gradient
+    gradient = op.typed(op.Expand(op.Unsqueeze(gradient, axes=lonely), op.shape(x)), x)
+    for axis in repeated:
+        diagonal = op.Equal(op.positions(x, axis), op.positions(x, mine.index(mine[axis])))
+        gradient = op.Where(diagonal, gradient, op.like(0, gradient))
+    return gradient
+
+
+def _without(term: str, axes: Sequence[int]) -> str:
+    return "".join(letter for axis, letter in enumerate(term) if axis not in axes)
+
+
+def _terms(s: Step) -> tuple[list[str], str, list[list[int]]]:
+    """The letters of each operand and of the result, '...' as letters too; the axes in which '...' was broadcast."""
     equation = str(s.argument("equation")).replace(" ", "")
-    if "..." in equation:
-        equation = _without_ellipsis(s, equation)
     left, arrow, result = equation.partition("->")
     terms = left.split(",")
-    if not arrow:
-        letters = sorted(letter for letter in set(left) - {","} if left.count(letter) == 1)
-        result = "".join(letters)
-    mine = terms[index]
-    if any(len(set(term)) != len(term) for term in [*terms, result]):
-        raise s.refuse(f"its equation '{equation}' has a repeated index within one operand")
-    others = [term for i, term in enumerate(terms) if i != index]
-    operands = [s.input(i) for i in range(len(terms)) if i != index]
-    found = "".join(letter for letter in mine if letter in result or any(letter in term for term in others))
-    gradient = op.Einsum(s.dy, *operands, equation=f"{','.join([result, *others])}->{found}")
-    lonely = [axis for axis, letter in enumerate(mine) if letter not in found]
-    return op.Expand(op.Unsqueeze(gradient, axes=lonely), op.shape(s.input(index))) if lonely else gradient
-
-
-def _without_ellipsis(s: Step, equation: str) -> str:
-    """The equation with letters for the dims that '...' stands for, which must be the same in each operand."""
-    left, arrow, result = equation.partition("->")
-    terms, fresh = left.split(","), [letter for letter in string.ascii_letters if letter not in equation]
-    stands_for = [s.rank(s.input(i)) - len(term.replace("...", "")) for i, term in enumerate(terms) if "..." in term]
-    dims = [
-        (dims_of(s.input(i)) or ())[term.index("...") :][: stands_for[0]]
-        for i, term in enumerate(terms)
-        if "..." in term
-    ]
-    if len(set(stands_for)) != 1 or len(set(dims)) != 1:
-        raise s.refuse(f"the dims behind '...' of its equation '{equation}' are broadcast, for which there is no rule")
-    letters = "".join(fresh[: stands_for[0]])
     if not arrow:  # the dims of '...' come first, then each letter that stands once
         once = sorted(letter for letter in set(left) - set(",.") if left.count(letter) == 1)
-        result = "..." + "".join(once)
-    return f"{left}->{result}".replace("...", letters)
+        result = "..." * ("..." in left) + "".join(once)
+    stretched: list[list[int]] = [[] for _ in terms]
+    if "..." not in left:
+        return terms, result, stretched
+    counts = [s.rank(s.input(i)) - len(term.replace("...", "")) for i, term in enumerate(terms)]
+    fresh = [letter for letter in string.ascii_letters if letter not in equation]
+    letters = "".join(fresh[: max(n for n, term in zip(counts, terms, strict=True) if "..." in term)])
+    sizes: dict[str, list[tuple[int | str | None, int, int]]] = {letter: [] for letter in letters}
+    for i, term in enumerate(terms):
+        if "..." not in term:
+            continue
+        start, own = term.index("..."), letters[len(letters) - counts[i] :]
+        for place, letter in enumerate(own):
+            sizes[letter].append(((dims_of(s.input(i)) or ())[start + place], i, start + place))
+        terms[i] = term.replace("...", own)
+    for found in sizes.values():
+        wide = {dim for dim, _, _ in found} - {1}
+        if len(wide) > 1 or None in wide:
+            raise s.refuse(f"whether the free dims behind '...' of its equation '{equation}' are alike is not known")
+        for dim, i, axis in found:
+            if wide and dim == 1:
+                stretched[i].append(axis)
+    return terms, result.replace("...", letters), stretched
 
 
 VJPS = {

@@ -13,6 +13,8 @@ from onnxgbp.window import window
 
 __all__ = ["VJPS"]
 
+_FAR = 1 << 62  # beyond any number of elements
+
 
 def max_pool_x(op: Emit, s: Step) -> ir.Value:
     x = unrounded(op, s.x)
@@ -47,9 +49,18 @@ def _lp_slope(op: Emit, x: ir.Value, p: int) -> ir.Value:
 
 
 def max_unpool_x(op: Emit, s: Step) -> ir.Value:
-    if s.has(2):
-        raise s.refuse("its output_shape is given, to which its indices do not refer")
-    return op.reshape_like(op.Gather(op.Reshape(s.dy, [-1]), op.Reshape(s.input(1), [-1]), axis=0), s.x)
+    if not s.has(2):
+        return op.reshape_like(op.Gather(op.Reshape(s.dy, [-1]), op.Reshape(s.input(1), [-1]), axis=0), s.x)
+    # The standard counts the indices in the shape without output_shape, ONNX Runtime in output_shape itself: where the
+    # elements land is asked of the node, which puts there their numbers, from 1 on.
+    count = op.Reshape(op.Size(s.x), [])
+    numbers = op.reshape_like(op.Range(op.int64(1), op.Add(count, op.int64(1)), op.int64(1)), s.x)
+    geometry = {name: s.ints(name) for name in ("kernel_shape", "pads", "strides")}
+    landed = op.MaxUnpool(op.Cast(numbers, to=int(ir.DataType.FLOAT)), s.input(1), s.input(2), **geometry)
+    places = op.Reshape(op.Cast(landed, to=int(ir.DataType.INT64)), [-1])
+    nothing = op.Expand(op.like(0, s.x), op.Add(op.Reshape(count, [1]), [1]))
+    gathered = op.ScatterElements(nothing, places, op.Reshape(s.dy, [-1]), axis=0)
+    return op.reshape_like(op.Slice(gathered, starts=[1], ends=[_FAR], axes=[0]), s.x)
 
 
 def _spatial(s: Step) -> list[int]:

@@ -1,10 +1,12 @@
-"""Sampling at places that are computed: GridSample, as in spatial transformers."""
+"""Sampling at places that are computed: GridSample, as in spatial transformers, and RoiAlign, as in detectors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 
+import numpy as np
 import onnx_ir as ir
+from numpy.polynomial import Polynomial
 
 from onnxgbp.emit import Emit
 from onnxgbp.step import Step
@@ -12,102 +14,222 @@ from onnxgbp.vjps.entry import inputs
 
 __all__ = ["VJPS"]
 
+_INT64 = int(ir.DataType.INT64)
 
-class _Corners:
-    """The four pixels around each place of a bilinear GridSample (or the one of a nearest), with their weights.
 
-    For x [N, C, H, W] and grid [N, Ho, Wo, 2], every tensor here is [N, 1, Ho Wo], ready to broadcast over channels.
+def _keys(a: float = -0.75) -> list[Polynomial]:
+    """The weights of cubic convolution (Keys 1981) for the pixels -1, 0, 1, 2 around a place t in [0, 1)."""
+    near, far = Polynomial([1, 0, -(a + 3), a + 2]), Polynomial([-4 * a, 8 * a, -5 * a, a])
+    return [far(Polynomial([1, 1])), near(Polynomial([0, 1])), near(Polynomial([1, -1])), far(Polynomial([2, -1]))]
+
+
+# mode -> the first pixel that is read, counted from the one below the place; the weights, polynomials in t
+_TAPS = {
+    "nearest": (0, [Polynomial([1])]),
+    "linear": (0, [Polynomial([1, -1]), Polynomial([0, 1])]),
+    "cubic": (-1, _keys()),
+}
+_MODES = {"bilinear": "linear", "bicubic": "cubic"}  # as opset 16 called them
+
+
+class _Taps:
+    """The K^r pixels that a GridSample reads for each place, K along each of r spatial axes, with their weights.
+
+    For x [N, C, D...] and grid [N, O..., r]: P is the number of places; every tensor is [N, 1, P, K, ..., K], with 1
+    for the axes that it does not vary along. What lies beyond the image is padded pixel by pixel, as torch and ONNX
+    Runtime do; for linear sampling that is the same as to pad the places.
     """
 
     def __init__(self, op: Emit, s: Step) -> None:
-        if s.rank() != 4:
-            raise s.refuse("its input is not an image [N, C, H, W], for which alone there is a rule")
-        mode, padding = str(s.argument("mode")), str(s.argument("padding_mode"))
-        if mode not in ("bilinear", "linear", "nearest") or padding not in ("zeros", "border"):
-            raise s.refuse(f"mode '{mode}' with padding_mode '{padding}' has no rule")
-        self.op, self.s, self.nearest, self.border = op, s, mode == "nearest", padding == "border"
-        self.sizes = [op.cast_like(op.Reshape(op.dim(s.x, axis), op.int64([])), s.x) for axis in (3, 2)]
-        self.places = [self._place(i) for i in range(2)]  # x, then y
-        self.lows = [op.Round(place) if self.nearest else op.Floor(place) for place in self.places]
+        self.op, self.s, self.count = op, s, s.rank() - 2
+        mode = str(s.argument("mode"))
+        first, self.weights = _TAPS[_MODES.get(mode, mode)]
+        self.sizes = [op.dim(s.x, s.rank() - 1 - i) for i in range(self.count)]  # the grid names the last axis first
+        self.scales, places = [], []
+        for i, size in enumerate(self.sizes):
+            number, aligned = op.cast_like(size, s.x), bool(s.argument("align_corners"))
+            grid = op.Reshape(
+                op.Slice(s.input(1), starts=[i], ends=[i + 1], axes=[s.rank() - 1]), [0, 1, -1, *[1] * self.count]
+            )
+            self.scales.append(op.Div(op.Sub(number, 1) if aligned else number, 2))
+            ahead = op.Add(grid, 1)
+            places.append(op.Mul(ahead, self.scales[i]) if aligned else op.Div(op.Sub(op.Mul(ahead, number), 1), 2))
+        lows = [op.Round(place) if mode == "nearest" else op.Floor(place) for place in places]
+        self.fractions = [op.Sub(place, low) for place, low in zip(places, lows, strict=True)]
+        reach = first + np.arange(len(self.weights))
+        self.pixels = [op.Add(op.Cast(low, to=_INT64), self._along(i, reach)) for i, low in enumerate(lows)]
+        self.kept = [self._inside(i) for i in range(self.count)]
 
-    def _place(self, i: int) -> ir.Value:
-        """From the grid's -1..1 to pixels."""
-        op, size = self.op, self.sizes[i]
-        grid = op.Reshape(op.Slice(self.s.input(1), starts=[i], ends=[i + 1], axes=[3]), [0, 1, -1])
-        if self.s.argument("align_corners"):
-            place = op.Mul(op.Add(grid, 1), op.Div(op.Sub(size, 1), 2))
-        else:
-            place = op.Div(op.Sub(op.Mul(op.Add(grid, 1), size), 1), 2)
-        return self._within(place, i) if self.border else place
+    def _along(self, i: int, numbers: np.ndarray) -> ir.Value:
+        """One number for each of the K pixels along one axis."""
+        return self.op.constant(numbers.reshape([-1 if axis == i else 1 for axis in range(self.count)]))
 
-    def _within(self, place: ir.Value, i: int) -> ir.Value:
-        return self.op.Min(self.op.Max(place, self.op.like(0, place)), self.op.Sub(self.sizes[i], 1))
+    def _inside(self, i: int) -> ir.Value:
+        """The pixel of the image that stands for one that may lie beyond it."""
+        op, last = self.op, self.op.Sub(self.sizes[i], [1])
+        if str(self.s.argument("padding_mode")) != "reflection":
+            return op.Min(op.Max(self.pixels[i], [0]), last)
+        # The mirrors stand in the middle of the outermost pixels, or at their outer edge.
+        whole = op.Mul(last if self.s.argument("align_corners") else self.sizes[i], [2])
+        place = op.Mod(self.pixels[i], op.Max(whole, [1]))
+        far = whole if self.s.argument("align_corners") else op.Sub(whole, [1])
+        return op.Min(place, op.Sub(far, place))
 
-    def slope(self, i: int) -> ir.Value:
-        """Pixels per unit of the grid; 0 where a border clamps the place."""
-        op, size = self.op, self.sizes[i]
-        step = op.Div(op.Sub(size, 1) if self.s.argument("align_corners") else size, 2)
-        if not self.border:
-            return step
-        inside = op.And(op.Greater(self.places[i], 0), op.Less(self.places[i], op.Sub(size, 1)))
-        return op.Where(inside, step, op.like(0, step))
+    def weight(self, i: int, *, slope: bool = False) -> ir.Value:
+        """The weights along one axis, or how fast they change per pixel."""
+        polynomials = [weight.deriv() if slope else weight for weight in self.weights]
+        degree = max(len(polynomial.coef) for polynomial in polynomials)
+        table = np.array([np.pad(polynomial.coef, (0, degree - len(polynomial.coef))) for polynomial in polynomials])
+        terms = [self.op.cast_like(self._along(i, column), self.s.x) for column in table.T[::-1]]
+        return functools.reduce(lambda sum_, term: self.op.Add(self.op.Mul(sum_, self.fractions[i]), term), terms)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        sides = (0,) if self.nearest else (0, 1)
-        return ((x, y) for x in sides for y in sides)
+    def weigh(self, slope: int | None = None) -> ir.Value:
+        """The weight of each pixel, or how fast it changes along one axis; 0 for what is padded with zeros."""
+        op, product = self.op, self.op.Mul
+        weight = functools.reduce(product, [self.weight(i, slope=i == slope) for i in range(self.count)])
+        if str(self.s.argument("padding_mode")) != "zeros":
+            return weight
+        real = functools.reduce(op.And, [op.Equal(a, b) for a, b in zip(self.pixels, self.kept, strict=True)])
+        return op.Where(real, weight, op.like(0, weight))
 
-    def weight(self, i: int, side: int) -> ir.Value:
-        """How much of one direction goes to the lower (0) or the upper (1) pixel."""
-        fraction = self.op.Sub(self.places[i], self.lows[i])
-        return fraction if side else self.op.Sub(self.op.like(1, fraction), fraction)
+    def index(self) -> ir.Value:
+        """Which entry of the flattened image each pixel is, for every channel: [N, C, P K^r]."""
+        op, flat = self.op, self.kept[-1]
+        for i in range(self.count - 2, -1, -1):
+            flat = op.Add(op.Mul(flat, self.sizes[i]), self.kept[i])
+        channels = op.vector(1, op.dim(self.s.x, 1), 1)
+        return op.Expand(op.Reshape(flat, [0, 1, -1]), channels)
 
-    def at(self, sides: tuple[int, int]) -> tuple[ir.Value, ir.Value]:
-        """The index into the flattened image of one corner, kept inside it, and whether it really is inside."""
-        op = self.op
-        pixels = [op.Add(low, side) if side else low for low, side in zip(self.lows, sides, strict=True)]
-        kept = [self._within(pixel, i) for i, pixel in enumerate(pixels)]
-        inside = op.And(*(op.is_zero(op.Sub(a, b)) for a, b in zip(pixels, kept, strict=True)))
-        index = op.Cast(op.Add(op.Mul(kept[1], self.sizes[0]), kept[0]), to=int(ir.DataType.INT64))
-        return op.Expand(index, op.Shape(op.Reshape(self.s.dy, [0, 0, -1]))), inside
+    def arriving(self) -> ir.Value:
+        """Dy, [N, C, P, 1, ..., 1]."""
+        return self.op.Reshape(self.s.dy, [0, 0, -1, *[1] * self.count])
 
 
 def grid_sample_x(op: Emit, s: Step) -> ir.Value:
-    """Each output pixel's gradient goes to its corners by their weights, and adds up there."""
-    corners = _Corners(op, s)
-    flat = op.Reshape(s.dy, [0, 0, -1])
-    total = op.Reshape(op.zeros_like(s.x), [0, 0, -1])
-    for sides in corners:
-        index, inside = corners.at(sides)
-        share = (
-            flat if corners.nearest else op.Mul(flat, op.Mul(corners.weight(0, sides[0]), corners.weight(1, sides[1])))
-        )
-        share = op.Where(inside, share, op.like(0, share))
-        total = op.ScatterElements(total, index, share, axis=2, reduction="add")
-    return op.reshape_like(total, s.x)
+    """The gradient of each place goes to the pixels it was made of by their weights, and adds up there."""
+    taps = _Taps(op, s)
+    shares = op.Reshape(op.Mul(taps.arriving(), taps.weigh()), [0, 0, -1])
+    image = op.Reshape(op.zeros_like(s.x), [0, 0, -1])
+    return op.reshape_like(op.ScatterElements(image, taps.index(), shares, axis=2, reduction="add"), s.x)
 
 
 def grid_sample_grid(op: Emit, s: Step) -> ir.Value:
-    """The slope of the bilinear surface at each place, weighed by dy over the channels."""
-    corners = _Corners(op, s)
-    if corners.nearest:
-        return op.zeros_like(s.input(1))
-    flat, image = op.Reshape(s.dy, [0, 0, -1]), op.Reshape(s.x, [0, 0, -1])
-    sums: list[ir.Value | None] = [None, None]
-    for sides in corners:
-        index, inside = corners.at(sides)
-        pixel = op.GatherElements(image, index, axis=2)
-        pixel = op.Where(inside, pixel, op.like(0, pixel))
-        for i in range(2):
-            other = corners.weight(1 - i, sides[1 - i])
-            part = op.Mul(op.Mul(flat, pixel), other if sides[i] else op.Neg(other))
-            so_far = sums[i]
-            sums[i] = part if so_far is None else op.Add(so_far, part)
-    slopes = [
-        op.Mul(op.ReduceSum(total, axes=[1], keepdims=1), corners.slope(i))
-        for i, total in enumerate(total for total in sums if total is not None)
-    ]
-    joined = op.Concat(*(op.Unsqueeze(slope, axes=[3]) for slope in slopes), axis=3)  # [N, 1, Ho Wo, 2]
-    return op.reshape_like(joined, s.input(1))
+    """The slope of the surface at each place, weighed by dy over the channels."""
+    taps = _Taps(op, s)
+    if len(taps.weights) == 1:
+        return op.zeros_like(s.input(1))  # nearest: a step function
+    image, kernel = op.Reshape(s.x, [0, 0, -1]), [len(taps.weights)] * taps.count
+    pixels = op.Reshape(op.GatherElements(image, taps.index(), axis=2), [0, 0, -1, *kernel])
+    pulls = op.ReduceSum(op.Mul(pixels, taps.arriving()), axes=[1], keepdims=1)
+    slopes = []
+    for i in range(taps.count):
+        total = op.ReduceSum(op.Mul(pulls, taps.weigh(slope=i)), axes=[1, *range(3, 3 + taps.count)], keepdims=0)
+        slopes.append(op.Unsqueeze(op.Mul(total, taps.scales[i]), axes=[2]))
+    return op.reshape_like(op.Concat(*slopes, axis=2), s.input(1))
 
 
-VJPS = {"GridSample": inputs(grid_sample_x, grid_sample_grid)}
+class _Grid:
+    """Where a RoiAlign samples along one axis of x [N, C, H, W]: G places in each bin of each of R regions.
+
+    place [R, bins, G], within the image; exists: a region has that many samples, [R or 1, 1, G]; real: and this one
+    is not so far outside that it counts as 0, [R, bins, G]; count: how many there are in a bin, at least 1.
+    """
+
+    def __init__(self, op: Emit, s: Step, axis: int) -> None:
+        self.op, self.x, self.axis = op, s.x, axis
+        half = s.since > 10 and str(s.argument("coordinate_transformation_mode")) == "half_pixel"
+        column, bins = 3 - axis, int(s.argument("output_height" if axis == 2 else "output_width"))
+        self.bins = bins
+        start, end = (
+            op.Sub(op.Mul(op.Unsqueeze(part, axes=[2]), float(s.argument("spatial_scale"))), 0.5 if half else 0.0)
+            for part in (op.Slice(s.input(1), starts=[i], ends=[i + 1], axes=[1]) for i in (column, column + 2))
+        )
+        extent = op.Sub(end, start)
+        step = op.Div(extent if half else op.Max(extent, op.like(1, extent)), bins)
+        ratio = int(s.argument("sampling_ratio"))
+        if ratio > 0:
+            samples = op.like(ratio, step)
+            numbers = op.like(np.arange(ratio).reshape(1, 1, ratio), step)
+        else:  # as many as the region has pixels in a bin, at run time; each axis of x has its own number
+            samples = op.Ceil(step)
+            most = op.ReduceMax(op.Concat(op.Reshape(samples, [-1]), op.like(np.ones(1), step), axis=0), keepdims=0)
+            counted = op.Range(op.int64(0), op.Cast(most, to=_INT64), op.int64(1))
+            numbers = op.Reshape(op.cast_like(counted, step), [1, 1, -1])
+        self.count = op.Max(samples, op.like(1, step))
+        self.exists = op.Less(numbers, samples)
+        within = op.Div(op.Add(numbers, 0.5), self.count)
+        place = op.Add(start, op.Mul(step, op.Add(within, op.like(np.arange(bins).reshape(1, bins, 1), step))))
+        size = op.cast_like(op.dim(s.x, axis), step)
+        outside = op.Or(op.Less(place, -1.0), op.Greater(place, size))
+        self.real = op.And(self.exists, op.Not(outside))
+        self.place = op.Min(op.Max(place, op.like(0, place)), op.Sub(size, 1))
+
+    def matrix(self) -> ir.Value:
+        """[R, bins, size]: of which pixels along the axis each bin's average is made."""
+        op = self.op
+        pixels = op.cast_like(op.Reshape(op.positions(self.x, self.axis), [1, 1, 1, -1]), self.place)
+        near = op.Sub(op.like(1, self.place), op.Abs(op.Sub(op.Unsqueeze(self.place, axes=[3]), pixels)))
+        weights = op.Where(op.Unsqueeze(self.real, axes=[3]), op.Relu(near), op.like(0, self.place))
+        return op.Div(op.ReduceSum(weights, axes=[2], keepdims=0), self.count)
+
+    def corners(self) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The two pixels around each place, their weights, and whether the place exists: [R, bins, 2 G]."""
+        op, place = self.op, self.place
+        low = op.Floor(place)
+        upper = op.Sub(place, low)
+        first = op.Cast(low, to=_INT64)
+        second = op.Min(op.Add(first, [1]), op.Sub(op.dim(self.x, self.axis), [1]))
+        weights = op.Concat(op.Sub(op.like(1, upper), upper), upper, axis=2)
+        real, exists = (op.Concat(mask, mask, axis=2) for mask in (self.real, op.Or(self.exists, self.real)))
+        return op.Concat(first, second, axis=2), op.Where(real, weights, op.like(0, place)), exists
+
+
+def roi_align_x(op: Emit, s: Step) -> ir.Value:
+    rows, columns = _Grid(op, s, 2), _Grid(op, s, 3)
+    if str(s.argument("mode")) == "max":
+        return _roi_max(op, s, rows, columns)
+    # dX = the sum over an image's regions of rows' dY columns: one product, in which no region has a map of its own.
+    # An empty region is added, since there may be none, and ONNX Runtime leaves a product over nothing unset.
+    height, batch = op.dim(s.x, 2), op.Reshape(op.positions(s.x, 0), [-1, 1, 1, 1])
+    mine = op.Equal(op.Reshape(s.input(2), [1, -1, 1, 1]), batch)  # [N, R, 1, 1]
+    left = op.Where(mine, op.Unsqueeze(rows.matrix(), axes=[0]), op.like(0, s.x))  # [N, R, bins, H]
+    left = op.Reshape(op.Pad(left, pads=[0, 0, 0, 0, 0, 1, 0, 0]), op.vector(0, -1, height))
+    dy, across = (
+        op.Pad(part, pads=[0, 0, 0, 0, 1, 0, 0, 0]) for part in (s.dy, op.Unsqueeze(columns.matrix(), axes=[1]))
+    )
+    spread = op.Transpose(op.MatMul(dy, across), perm=[0, 2, 1, 3])  # [R, bins, C, W]
+    right = op.Reshape(spread, op.vector(-1, op.Mul(op.dim(s.x, 1), op.dim(s.x, 3))))
+    total = op.MatMul(op.Transpose(left, perm=[0, 2, 1]), right)  # [N, H, C W]
+    return op.Transpose(op.Reshape(total, op.vector(0, height, op.dim(s.x, 1), -1)), perm=[0, 2, 1, 3])
+
+
+def _roi_max(op: Emit, s: Step, rows: _Grid, columns: _Grid) -> ir.Value:
+    """The first of the weighted pixels that gave the maximum: not samples, but the four parts of each are compared."""
+    (y, y_weight, y_exists), (x, x_weight, x_exists) = rows.corners(), columns.corners()
+    ahead, behind = [2, 4], [1, 3]  # [R, bins, K] of one axis and of the other: [R, rows, columns, K, K]
+    candidates = op.Mul(op.Gather(op.Shape(y), [2], axis=0), op.Gather(op.Shape(x), [2], axis=0))
+    joined = op.vector(op.dim(s.input(2), 0), rows.bins, columns.bins, candidates)
+
+    def pairs(combine: str, first: ir.Value, second: ir.Value) -> ir.Value:
+        both = getattr(op, combine)(op.Unsqueeze(first, axes=ahead), op.Unsqueeze(second, axes=behind))
+        return op.Reshape(both, joined)
+
+    height, width, channels = (op.dim(s.x, axis) for axis in (2, 3, 1))
+    base = op.Mul(op.Reshape(s.input(2), [-1, 1, 1]), op.Mul(height, width))
+    pixel = pairs("Add", op.Add(base, op.Mul(y, width)), x)
+    weight, exists = pairs("Mul", y_weight, x_weight), pairs("And", y_exists, x_exists)
+    image = op.Reshape(op.Transpose(s.x, perm=[0, 2, 3, 1]), op.vector(-1, channels))
+    values = op.Mul(op.Gather(image, pixel, axis=0), op.Unsqueeze(weight, axes=[4]))  # [R, rows, columns, K, C]
+    values = op.Where(op.Unsqueeze(exists, axes=[4]), values, op.like(-np.inf, s.x))
+    best = op.ArgMax(values, axis=3, keepdims=0)
+    winner = op.Add(op.Mul(op.GatherElements(pixel, best, axis=3), channels), op.Reshape(op.positions(s.x, 1), [-1]))
+    share = op.Mul(op.Transpose(s.dy, perm=[0, 2, 3, 1]), op.GatherElements(weight, best, axis=3))
+    nothing = op.Reshape(op.zeros_like(s.x), [-1])
+    total = op.ScatterElements(nothing, op.Reshape(winner, [-1]), op.Reshape(share, [-1]), axis=0, reduction="add")
+    return op.Transpose(op.Reshape(total, op.vector(-1, height, width, channels)), perm=[0, 3, 1, 2])
+
+
+VJPS = {
+    "GridSample": inputs(grid_sample_x, grid_sample_grid),
+    "RoiAlign": inputs(roi_align_x),
+}

@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from onnxgbp.broadcast import unbroadcast
-from onnxgbp.constants import evaluate
 from onnxgbp.emit import Emit, Operand, dims_of
 from onnxgbp.step import Step
 from onnxgbp.vjps.entry import inputs, variadic
 
-__all__ = ["VJPS"]
+__all__ = ["VJPS", "contract", "copies"]
 
 _FAR = 1 << 30  # beyond any dim; exporters write INT64_MAX or INT32_MAX for "to the end"
 
@@ -62,7 +60,7 @@ def pad_x(op: Emit, s: Step) -> ir.Value:
         dy = s.dy
         for axis in padded:
             copied = _padded_places(op, s, axis, begins[axis], ends[axis], mode)
-            dy = _contract(op, dy, axis, rank, _copies(op, s, axis, copied))
+            dy = contract(op, dy, axis, rank, copies(op, s, axis, copied))
         return dy
     dy = s.dy
     cut = [axis for axis in padded if begins[axis] > 0 or ends[axis] > 0]
@@ -78,14 +76,14 @@ def pad_x(op: Emit, s: Step) -> ir.Value:
     return dy
 
 
-def _contract(op: Emit, dy: ir.Value, axis: int, rank: int, matrix: ir.Value) -> ir.Value:
+def contract(op: Emit, dy: ir.Value, axis: int, rank: int, matrix: ir.Value) -> ir.Value:
     """Multiplies one axis of dy, [out], by a matrix [out, size] that tells of which entry each was made."""
     order = [i for i in range(rank) if i != axis] + [axis]
     moved = op.MatMul(op.Transpose(dy, perm=order), matrix)
     return op.Transpose(moved, perm=[order.index(i) for i in range(rank)])
 
 
-def _copies(op: Emit, s: Step, axis: int, copied: np.ndarray[Any, Any] | ir.Value) -> ir.Value:
+def copies(op: Emit, s: Step, axis: int, copied: np.ndarray[Any, Any] | ir.Value) -> ir.Value:
     """The 0/1 matrix [out, size] for an axis whose entries were copied from the places `copied`."""
     size = (dims_of(s.x) or ())[axis]
     if isinstance(copied, np.ndarray) and isinstance(size, int):
@@ -142,7 +140,7 @@ def _scatter(op: Emit, s: Step, dy: ir.Value, axis: int, start: int, end: int, s
     else:
         places = op.Reshape(op.positions(s.x, axis), [-1])
         taken = op.Slice(places, starts=[start], ends=[end], axes=[0], steps=[stride])
-    return _contract(op, dy, axis, s.rank(), _copies(op, s, axis, taken))
+    return contract(op, dy, axis, s.rank(), copies(op, s, axis, taken))
 
 
 def expand_x(op: Emit, s: Step) -> ir.Value:
@@ -166,59 +164,6 @@ def tile_x(op: Emit, s: Step) -> ir.Value:
     if not summed:
         return s.dy
     return op.reshape_like(op.ReduceSum(op.Reshape(s.dy, op.vector(*parts)), axes=summed, keepdims=0), s.x)
-
-
-def gather_x(op: Emit, s: Step) -> ir.Value:
-    """Contracts the gathered axis with the 0/1 matrix that tells which entry each index took."""
-    axis, indices = s.axis(), s.input(1)
-    taken = s.rank(indices)
-    dy = s.dy
-    if taken != 1:  # any other shape of indices becomes a vector
-        before: list[ir.Value | int] = [0] * axis  # 0 copies the dim
-        after = [op.dim(s.x, i) for i in range(axis + 1, s.rank())]
-        dy = op.Unsqueeze(dy, axes=[axis]) if taken == 0 else op.Reshape(dy, op.vector(*before, -1, *after))
-    flat = op.Cast(indices, to=int(ir.DataType.INT64))
-    flat = op.Where(op.Less(flat, op.int64(0)), op.Add(flat, op.dim(s.x, axis)), flat)  # from the end
-    return _contract(op, dy, axis, s.rank(), _copies(op, s, axis, flat))
-
-
-def gather_elements_x(op: Emit, s: Step) -> ir.Value:
-    return op.ScatterElements(op.zeros_like(s.x), s.input(1), s.dy, axis=s.axis(), reduction="add")
-
-
-def gather_nd_x(op: Emit, s: Step) -> ir.Value:
-    if s.argument("batch_dims"):
-        raise s.refuse("batch_dims is not 0, for which there is no rule")
-    return op.ScatterND(op.zeros_like(s.x), s.input(1), s.dy, reduction="add")
-
-
-def _reduction(s: Step) -> str:
-    reduction = str(s.argument("reduction") or "none")
-    if reduction not in ("none", "add"):
-        raise s.refuse(f"its reduction '{reduction}' has no rule")
-    return reduction
-
-
-def scatter_elements_data(op: Emit, s: Step) -> ir.Value:
-    if _reduction(s) == "add":
-        return s.dy
-    return op.ScatterElements(s.dy, s.input(1), op.zeros_like(s.input(2)), axis=s.axis())
-
-
-def scatter_elements_updates(op: Emit, s: Step) -> ir.Value:
-    _reduction(s)
-    return op.GatherElements(s.dy, s.input(1), axis=s.axis())
-
-
-def scatter_nd_data(op: Emit, s: Step) -> ir.Value:
-    if _reduction(s) == "add":
-        return s.dy
-    return op.ScatterND(s.dy, s.input(1), op.zeros_like(s.input(2)))
-
-
-def scatter_nd_updates(op: Emit, s: Step) -> ir.Value:
-    _reduction(s)
-    return op.GatherND(s.dy, s.input(1))
 
 
 def depth_to_space_x(op: Emit, s: Step) -> ir.Value:
@@ -245,64 +190,14 @@ def reverse_sequence_x(op: Emit, s: Step) -> ir.Value:
     return op.ReverseSequence(s.dy, s.input(1), batch_axis=batch, time_axis=time)
 
 
-def resize_x(op: Emit, s: Step) -> ir.Value:
-    """Every mode of Resize is linear and works axis by axis: its gradient is each axis's matrix, transposed.
-
-    The matrix of an axis is what the node itself makes of the identity matrix along that axis.
-    """
-    sizes, outs = dims_of(s.x), dims_of(s.y)
-    if s.argument("coordinate_transformation_mode") == "tf_crop_and_resize":
-        raise s.refuse("mode tf_crop_and_resize has no rule")
-    if sizes is None or outs is None:
-        raise s.refuse("the rank of its input is not known; export the model with input shapes")
-    dy = s.dy
-    for axis, (size, out) in enumerate(zip(sizes, outs, strict=True)):
-        if size == out and size is not None:
-            continue
-        if not isinstance(size, int) or not isinstance(out, int):
-            raise s.refuse("it changes a free dim; export the model with a fixed input size")
-        dy = _contract(op, dy, axis, len(sizes), op.like(_resize_matrix(s, axis, size, out), s.x))
-    return dy
-
-
-def _resize_matrix(s: Step, axis: int, size: int, out: int) -> np.ndarray[Any, Any]:
-    """[out, size]: row i tells of which entries the output's entry i is made."""
-    node = ir.to_proto(s.node)
-    scales = s.argument("scales")
-    axes = s.ints("axes") or list(range(s.rank()))
-    scale = float(scales[axes.index(axis % s.rank())]) if scales is not None and len(scales) else out / size
-    kept = {"mode", "coordinate_transformation_mode", "cubic_coeff_a", "exclude_outside", "nearest_mode", "antialias"}
-    attributes = [attribute for attribute in node.attribute if attribute.name in kept]
-    if s.node.op_type == "Upsample" or s.since == 10:
-        # Their coordinates are asymmetric, and nearest takes the entry below.
-        fields = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        attributes += [onnx.helper.make_attribute(name, value) for name, value in fields.items()]
-    for attribute in attributes:
-        if attribute.name == "mode" and attribute.s == b"bilinear":
-            attribute.s = b"linear"
-    resize = onnx.helper.make_node("Resize", ["x", "", "scales"], ["y"])
-    resize.attribute.extend(attributes)
-    results = evaluate(resize, 18, {"x": np.eye(size), "scales": np.array([1.0, scale], np.float32)})
-    if not results or results[0].shape != (size, out):
-        raise s.refuse("its matrix could not be computed for these sizes and attributes")
-    return results[0].T
-
-
 VJPS = {
     "Concat": variadic(concat_x),
     "DepthToSpace": inputs(depth_to_space_x),
     "Expand": inputs(expand_x),
     "Flatten": inputs(reshaped),
-    "Gather": inputs(gather_x),
-    "GatherElements": inputs(gather_elements_x),
-    "GatherND": inputs(gather_nd_x),
     "Pad": inputs(pad_x),
     "Reshape": inputs(reshaped),
-    "Resize": inputs(resize_x),
     "ReverseSequence": inputs(reverse_sequence_x),
-    "Scatter": inputs(scatter_elements_data, None, scatter_elements_updates),
-    "ScatterElements": inputs(scatter_elements_data, None, scatter_elements_updates),
-    "ScatterND": inputs(scatter_nd_data, None, scatter_nd_updates),
     "Slice": inputs(slice_x),
     "SpaceToDepth": inputs(space_to_depth_x),
     "Split": inputs(split_x),
@@ -311,5 +206,4 @@ VJPS = {
     "Transpose": inputs(transpose_x),
     "Trilu": inputs(trilu_x),
     "Unsqueeze": inputs(reshaped),
-    "Upsample": inputs(resize_x),
 }

@@ -1,0 +1,113 @@
+"""Resize and Upsample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxgbp.constants import evaluate
+from onnxgbp.emit import Emit, dims_of
+from onnxgbp.step import Step
+from onnxgbp.vjps.entry import inputs
+from onnxgbp.vjps.shape import contract
+
+__all__ = ["VJPS"]
+
+_KEPT = {"mode", "coordinate_transformation_mode", "cubic_coeff_a", "exclude_outside", "nearest_mode", "antialias"}
+_POLICIES = {"not_larger": min, "not_smaller": max}
+
+
+def resize_x(op: Emit, s: Step) -> ir.Value:
+    """Every mode of Resize is linear and works axis by axis: its gradient is each axis's matrix, transposed.
+
+    The matrix of an axis is what the node itself makes of the identity matrix along that axis. What a crop has beyond
+    the input is a constant, so that its rows are 0.
+    """
+    sizes, outs = dims_of(s.x), dims_of(s.y)
+    if sizes is None or outs is None:
+        raise s.refuse("the rank of its input is not known; export the model with input shapes")
+    axes = [axis % s.rank() for axis in s.ints("axes") or range(s.rank())]
+    dy = s.dy
+    for position, axis in enumerate(axes):
+        size, out, region = sizes[axis], outs[axis], _region(s, position, len(axes))
+        same = size is not None and size == out and s.argument("keep_aspect_ratio_policy") not in _POLICIES
+        scale = _scale(s, position)
+        if region in (None, (0.0, 1.0)) and (scale == 1 if scale is not None else same):
+            continue
+        if not isinstance(size, int) or not isinstance(out, int):
+            raise s.refuse("it changes a free dim; export the model with a fixed input size")
+        arrays = {"x": np.eye(size)}
+        if region is not None:
+            arrays["roi"] = np.array([0, region[0], 1, region[1]])
+        if scale is not None:
+            arrays["scales"] = np.array([1, scale], np.float32)
+        else:
+            arrays["sizes"] = np.array([size, out])
+            _limit(s, arrays, axes, position)
+        matrix = _resized(s, arrays)
+        if matrix is None or matrix.shape != (size, out):
+            raise s.refuse("its matrix could not be computed for these sizes and attributes")
+        dy = contract(op, dy, axis, len(sizes), op.like(matrix.T, s.x))
+    return dy
+
+
+def _scale(s: Step, position: int) -> float | None:
+    """By how much the node stretches an axis, where it says so, which is not always what the rounded sizes say."""
+    scales = s.argument("scales")
+    return float(scales[position]) if scales is not None and len(scales) else None
+
+
+def _region(s: Step, position: int, axes: int) -> tuple[float, float] | None:
+    """What tf_crop_and_resize cuts out of an axis, as shares of its length."""
+    if s.argument("coordinate_transformation_mode") != "tf_crop_and_resize":
+        return None
+    roi = np.asarray(s.argument("roi"), np.float64)
+    if roi.shape != (2 * axes,):
+        raise s.refuse("its roi has not a start and an end for each axis")
+    return float(roi[position]), float(roi[axes + position])
+
+
+def _limit(s: Step, arrays: dict[str, np.ndarray[Any, Any]], axes: Sequence[int], position: int) -> None:
+    """Where the aspect ratio is kept, one axis sets the scale of all: it comes along as a third axis."""
+    policy, wanted, dims = str(s.argument("keep_aspect_ratio_policy")), s.ints("sizes"), dims_of(s.x) or ()
+    if policy not in _POLICIES or wanted is None:
+        return
+    sizes = [dim for dim in (dims[axis] for axis in axes) if isinstance(dim, int)]
+    if len(sizes) != len(axes):
+        raise s.refuse("it keeps the aspect ratio of a free dim; export the model with a fixed input size")
+    first = _POLICIES[policy](range(len(axes)), key=lambda i: wanted[i] / sizes[i])
+    arrays["x"] = np.repeat(arrays["x"][:, :, None], sizes[first], axis=2)
+    arrays["sizes"] = np.array([wanted[position], wanted[first]])
+
+
+def _resized(s: Step, arrays: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any] | None:
+    """What the node makes of the second axis of x; with a third one both are resized, and the third is constant."""
+    attributes = [attribute for attribute in ir.to_proto(s.node).attribute if attribute.name in _KEPT]
+    if s.node.op_type == "Upsample" or s.since == 10:
+        # Their coordinates are asymmetric, and nearest takes the entry below.
+        fields = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        attributes += [onnx.helper.make_attribute(name, value) for name, value in fields.items()]
+    for attribute in attributes:
+        if attribute.name == "mode" and attribute.s == b"bilinear":
+            attribute.s = b"linear"
+    names = [name if name in arrays else "" for name in ("x", "roi", "scales", "sizes")]
+    resize = onnx.helper.make_node("Resize", names, ["y"])
+    resize.attribute.extend(attributes)
+    third = arrays["x"].ndim == 3
+    if third:
+        policy = str(s.argument("keep_aspect_ratio_policy"))
+        resize.attribute.extend(
+            onnx.helper.make_attribute(*given) for given in (("axes", [1, 2]), ("keep_aspect_ratio_policy", policy))
+        )
+    results = evaluate(resize, 18, arrays)
+    return None if not results else results[0][:, :, 0] if third else results[0]
+
+
+VJPS = {
+    "Resize": inputs(resize_x),
+    "Upsample": inputs(resize_x),
+}
