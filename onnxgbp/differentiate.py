@@ -18,6 +18,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.quantisation import REFUSED, carries_integers
 from onnxgbp.step import Step, label
 from onnxgbp.vjps import VJPS, ZERO_GRADIENT, Entry
+from onnxgbp.vjps.classic import TREES
 
 __all__ = ["Path", "backpropagate", "differentiate", "find_path", "missing_rules", "refuse_missing"]
 
@@ -155,6 +156,8 @@ def _entry(step: Step) -> Entry:
     entry = VJPS.get(_key(step.node))
     if _key(step.node) in REFUSED:
         raise step.refuse(REFUSED[_key(step.node)])
+    if _key(step.node) in TREES:
+        raise step.refuse(TREES[_key(step.node)])
     if _reads_integers(step.node):
         raise step.refuse("it reads quantised integers; quantise the model in the QDQ format (QuantFormat.QDQ) instead")
     if entry is None:

@@ -310,6 +310,15 @@ class ScatterElements(_ScatterElements):
         return scattered
 
 
+class GatherElements(OpRun):
+    op_domain = ""
+
+    def _run(self, data: Array, indices: Array, axis: int | None = None) -> tuple[Array]:
+        along = (axis or 0) % data.ndim
+        met = tuple(slice(None) if i == along else slice(n) for i, n in enumerate(indices.shape))
+        return (np.take_along_axis(data[met], indices, along),)  # onnx's own wants all of the other axes
+
+
 class Erf(OpRun):
     op_domain = ""
 
@@ -366,4 +375,15 @@ class LRN(OpRun):
         return (x / scale ** (0.75 if beta is None else beta),)
 
 
-_KERNELS = [AveragePool, BatchNormalization, Conv, ConvTranspose, Erf, Gelu, LRN, MaxPool, ScatterElements]
+_KERNELS = [
+    AveragePool,
+    BatchNormalization,
+    Conv,
+    ConvTranspose,
+    Erf,
+    GatherElements,
+    Gelu,
+    LRN,
+    MaxPool,
+    ScatterElements,
+]

@@ -23,7 +23,9 @@ from onnxgbp.contrib import CONTRIB
 from onnxgbp.emit import Emit
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.step import Step, label
+from onnxgbp.target import find_scores, scores_name
 from onnxgbp.vjps import VJPS, ZERO_GRADIENT
+from onnxgbp.vjps.classic import SQUASHING, linear_scores
 
 __all__ = ["expandable", "normalise"]
 
@@ -46,7 +48,7 @@ def normalise(model: ir.Model) -> None:
                 f"node '{label(node)}' is in a blocked layout ({node.domain}), which ONNX Runtime's optimiser wrote "
                 "for one kind of processor; convert the file from before the optimisation"
             )
-    if not any(_is_fused(node) or expandable(node) for node in graph):
+    if not any(_is_fused(node) or expandable(node) or _hides_scores(node) for node in graph):
         return
     op = Emit(graph)
     for value in graph.initializers.values():
@@ -61,6 +63,8 @@ def normalise(model: ir.Model) -> None:
             results = _body(op, node)
         else:
             _infer(node)
+            if _hides_scores(node):
+                _write_scores(op, node)
             continue
         new = _replace(op, node, results)
         queue.extendleft(reversed(new))
@@ -76,6 +80,22 @@ def _key(node: ir.Node) -> str:
 
 def _is_fused(node: ir.Node) -> bool:
     return _key(node) in CONTRIB and _schema(node) is None
+
+
+def _hides_scores(node: ir.Node) -> bool:
+    """Whether a linear classifier of scikit-learn's gives probabilities, with its scores nowhere in the graph."""
+    graph = node.graph
+    if _key(node) != "ai.onnx.ml::LinearClassifier" or len(node.outputs) < 2 or graph is None:
+        return False
+    return str(Step(node).argument("post_transform")) in SQUASHING and find_scores(graph, node) is None
+
+
+def _write_scores(op: Emit, node: ir.Node) -> None:
+    """Writes the scores beside the classifier, which stays as it is: what does not need them is cleaned up later."""
+    op.scope = label(node)
+    scores = linear_scores(op, Step(node))
+    scores.name = scores_name(node)
+    op.graph.insert_after(node, op.take())
 
 
 def expandable(node: ir.Node) -> bool:

@@ -174,10 +174,22 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> tu
             types[entry.proto.output[0]] = types[inputs[0]]
         if entry.node.op_type == "MaxUnpool" and len(inputs) == 3:
             _unpooled(entry, types, known)
+        if entry.node.op_type == "LinearRegressor":
+            _regressed(entry, types)
         if entry.node.op_type in _POOLS:
             _drop_outer_windows(entry, types)
         _compute(entry, types, known)
     return types, known
+
+
+def _regressed(entry: _Node, types: Types) -> None:
+    """One row of targets per sample."""
+    x, node = types[entry.proto.input[0]].tensor_type, entry.node
+    targets = node.attributes["targets"].as_int() if "targets" in node.attributes else 1
+    dims = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in x.shape.dim]
+    if dims:
+        made = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [*dims[:-1], targets])
+        types[entry.proto.output[0]] = made
 
 
 def _unpooled(entry: _Node, types: Types, known: dict[str, onnx.TensorProto]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,6 +24,7 @@ __all__ = [
     "Unit",
     "classes_of",
     "explained_tensor",
+    "find_scores",
     "find_tensor",
     "make_seed",
     "parse_class",
@@ -31,6 +32,7 @@ __all__ = [
     "parse_target",
     "parse_unit",
     "resolve_target",
+    "scores_name",
     "stripped_text",
     "unit_text",
 ]
@@ -236,13 +238,37 @@ def explained_tensor(graph: ir.Graph, wrt: Sequence[ir.Value], name: str | None)
     return next(iter(candidates.values()))
 
 
-def _behind_squashing(output: ir.Value) -> Explained:
-    value, stripped = output, list[ir.Node]()
-    while (node := value.producer()) is not None and node.op_type in _CARRIES_SCORES and node.inputs:
+def scores_name(classifier: ir.Node) -> str:
+    """What the scores behind the probabilities of a LinearClassifier are called."""
+    return f"{classifier.outputs[1].name}/scores"
+
+
+def find_scores(graph: ir.Graph, classifier: ir.Node) -> ir.Value | None:
+    name = scores_name(classifier)
+    return next((value for node in graph for value in node.outputs if value.name == name), None)
+
+
+def _walk_back(value: ir.Value, over: Collection[str]) -> tuple[ir.Value, list[ir.Node]]:
+    """The tensor behind those nodes, and the nodes."""
+    passed = list[ir.Node]()
+    while (node := value.producer()) is not None and node.op_type in over and node.inputs:
         if node.inputs[0] is None:
             break
-        stripped.append(node)
+        passed.append(node)
         value = node.inputs[0]
+    return value, passed
+
+
+def _behind_squashing(output: ir.Value) -> Explained:
+    # scikit-learn's classifier squashes by itself, and a Normalizer may make its probabilities add up to 1.
+    value, stripped = _walk_back(output, {*_CARRIES_SCORES, "Normalizer"})
+    node = value.producer()
+    if node is not None and node.op_type == "LinearClassifier" and value in node.outputs[1:] and node.graph is not None:
+        scores = find_scores(node.graph, node)
+        if scores is not None:
+            return Explained(scores, output, (*stripped, node))
+    value, stripped = _walk_back(output, _CARRIES_SCORES)
+    node = value.producer()
     if node is not None and node.domain == "" and node.op_type in _SQUASHING and node.inputs[0] is not None:
         return Explained(node.inputs[0], output, (*stripped, node), _made_by_relu(node.inputs[0]))
     if stripped and stripped[-1].op_type == "ZipMap":  # a list of maps: the tensor before it is what it shows

@@ -403,6 +403,20 @@ class Pad(OpRun):
         return (np.pad(x[cut], grown, mode=mode, **options).astype(x.dtype),)  # type: ignore[call-overload]
 
 
+class GatherElements(OpRun):
+    """Also with indices that do not cover the other axes, which the evaluator refuses."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, indices: Array, axis: int = 0) -> tuple[Array]:  # type: ignore[override]
+        taken = np.empty(indices.shape, x.dtype)
+        for place in np.ndindex(*indices.shape):
+            source = list(place)
+            source[axis] = indices[place]
+            taken[place] = x[tuple(source)]
+        return (taken,)
+
+
 class Scatter(ScatterElements):
     """What ScatterElements was called before opset 11; the evaluator lacks it, since the standard deprecated it."""
 
@@ -414,6 +428,7 @@ LITERAL: list[type[OpRun]] = [
     BatchNormalization,
     ConvTranspose,
     Erf,
+    GatherElements,
     Gelu,
     GlobalMaxPool,
     LRN,

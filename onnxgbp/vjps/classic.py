@@ -1,15 +1,29 @@
-"""The steps of scikit-learn's pipelines that stand before a network: the domain ai.onnx.ml."""
+"""The domain ai.onnx.ml: the steps of scikit-learn's pipelines, and the linear models at their end.
+
+Trees have no gradient; `TREES` says so of each of their operators.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxgbp.emit import Emit
+from onnxgbp.emit import Emit, dims_of
 from onnxgbp.step import Step
 from onnxgbp.vjps.entry import inputs
+from onnxgbp.vjps.shape import contract, copies
 
-__all__ = ["VJPS"]
+__all__ = ["SQUASHING", "TREES", "VJPS", "linear_scores"]
+
+TREES = {
+    f"ai.onnx.ml::{name}": "a tree ensemble is piecewise constant: it has no gradient"
+    for name in ("TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor")
+}
+
+SQUASHING = frozenset(
+    {"LOGISTIC", "SOFTMAX", "SOFTMAX_ZERO"}
+)  # what makes probabilities of a LinearClassifier's scores
 
 
 def scaler_x(op: Emit, s: Step) -> ir.Value:
@@ -28,7 +42,68 @@ def normalizer_x(op: Emit, s: Step) -> ir.Value:
     raise s.refuse(f"its norm '{norm}' has no rule")
 
 
+def linear_scores(op: Emit, s: Step) -> ir.Value:
+    """The scores x W' + b of a LinearClassifier before its post_transform, [N, classes], float32."""
+    weight, bias = _weight(s)
+    x = s.x if s.x.dtype == ir.DataType.FLOAT else op.Cast(s.x, to=int(ir.DataType.FLOAT))
+    return op.Add(op.MatMul(x, op.constant(np.ascontiguousarray(weight.T))), op.constant(bias))
+
+
+def _weight(s: Step) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """W [outputs, features] and b [outputs]; the single row that tells two classes apart stands for both."""
+    numbers, given = np.asarray(s.argument("coefficients"), np.float32), s.argument("intercepts")
+    features, labels = (dims_of(s.x) or (None,))[-1], _labels(s)
+    rows = len(given) if given is not None else numbers.size // features if isinstance(features, int) else labels
+    if not rows or numbers.size % rows:
+        raise s.refuse(f"its {numbers.size} coefficients do not make {rows} rows")
+    weight = numbers.reshape(rows, -1)
+    bias = np.zeros(rows, np.float32) if given is None else np.asarray(given, np.float32)
+    if rows == 1 and labels == 2:
+        return np.concatenate([-weight, weight]), np.concatenate([-bias, bias])
+    return weight, bias
+
+
+def _labels(s: Step) -> int:
+    return max(len(s.argument(f"classlabels_{kind}") or ()) for kind in ("ints", "strings"))
+
+
+def linear_classifier_x(op: Emit, s: Step) -> ir.Value:
+    """dx = dz W, with dz = dy f'(z) where the post_transform f makes probabilities p of the scores z."""
+    scores, dy = s.node.outputs[1], s.dys[1]
+    if dy is None:
+        raise s.refuse("only its label is explained, which has no gradient")
+    weight, _ = _weight(s)
+    kind = str(s.argument("post_transform"))
+    if kind.startswith("SOFTMAX") and _labels(s) == 2 and np.asarray(s.argument("coefficients")).size < weight.size:
+        raise s.refuse(f"one row of coefficients with post_transform {kind}, which ONNX Runtime leaves out")
+    if kind == "LOGISTIC":
+        dy = op.Mul(dy, op.Mul(scores, op.Sub(op.like(1, scores), scores)))
+    elif kind.startswith("SOFTMAX"):  # SOFTMAX_ZERO gives a score of 0 the probability 0, and so the slope 0
+        dy = op.Mul(scores, op.Sub(dy, op.ReduceSum(op.Mul(dy, scores), axes=[1], keepdims=1)))
+    elif kind != "NONE":
+        raise s.refuse(f"its post_transform {kind} has no rule")
+    return op.cast_like(op.MatMul(dy, op.like(weight, scores)), s.x)
+
+
+def linear_regressor_x(op: Emit, s: Step) -> ir.Value:
+    if str(s.argument("post_transform")) != "NONE":
+        raise s.refuse(f"its post_transform {s.argument('post_transform')} has no rule")
+    weight = np.asarray(s.argument("coefficients"), np.float32).reshape(int(s.argument("targets")), -1)
+    return op.cast_like(op.MatMul(s.dy, op.like(weight, s.dy)), s.x)
+
+
+def feature_extractor_x(op: Emit, s: Step) -> ir.Value:
+    """A Gather along the last axis, contracted with the 0/1 matrix that tells which entry each index took."""
+    taken = op.Reshape(op.Cast(s.input(1), to=int(ir.DataType.INT64)), [-1])
+    if s.rank() < 2:
+        raise s.refuse("its input is a vector, for which runtimes give results of different ranks")
+    return contract(op, s.dy, s.rank() - 1, s.rank(), copies(op, s, s.rank() - 1, taken))
+
+
 VJPS = {
+    "ai.onnx.ml::ArrayFeatureExtractor": inputs(feature_extractor_x),
+    "ai.onnx.ml::LinearClassifier": inputs(linear_classifier_x),
+    "ai.onnx.ml::LinearRegressor": inputs(linear_regressor_x),
     "ai.onnx.ml::Normalizer": inputs(normalizer_x),
     "ai.onnx.ml::Scaler": inputs(scaler_x),
 }

@@ -31,6 +31,7 @@ def resize_x(op: Emit, s: Step) -> ir.Value:
     if sizes is None or outs is None:
         raise s.refuse("the rank of its input is not known; export the model with input shapes")
     axes = [axis % s.rank() for axis in s.ints("axes") or range(s.rank())]
+    _refuse_disagreement(s, axes)
     dy = s.dy
     for position, axis in enumerate(axes):
         size, out, region = sizes[axis], outs[axis], _region(s, position, len(axes))
@@ -42,7 +43,9 @@ def resize_x(op: Emit, s: Step) -> ir.Value:
             raise s.refuse("it changes a free dim; export the model with a fixed input size")
         arrays = {"x": np.eye(size)}
         if region is not None:
-            arrays["roi"] = np.array([0, region[0], 1, region[1]])
+            # One entry is read in the middle: said so, since the evaluator takes a length of 0.999... for more.
+            start, end = region if out > 1 else (sum(region) / 2,) * 2
+            arrays["roi"] = np.array([0, start, 1, end], np.asarray(s.argument("roi")).dtype)
         if scale is not None:
             arrays["scales"] = np.array([1, scale], np.float32)
         else:
@@ -53,6 +56,24 @@ def resize_x(op: Emit, s: Step) -> ir.Value:
             raise s.refuse("its matrix could not be computed for these sizes and attributes")
         dy = contract(op, dy, axis, len(sizes), op.like(matrix.T, s.x))
     return dy
+
+
+def _refuse_disagreement(s: Step, axes: Sequence[int]) -> None:
+    """Refuses where ONNX Runtime computes something else than the standard says."""
+    sizes, outs = dims_of(s.x) or (), dims_of(s.y) or ()
+    scales = [_scale(s, position) for position in range(len(axes))]
+    if sizes == outs and set(scales) - {None, 1.0}:
+        raise s.refuse("its scales round to the size of its input, which ONNX Runtime then copies, and others resize")
+    for position, (axis, scale) in enumerate(zip(axes, scales, strict=True)):
+        size, region = sizes[axis], _region(s, position, len(axes))
+        if region in (None, (0.0, 1.0)):
+            continue
+        if size == outs[axis]:
+            raise s.refuse(
+                "it crops an axis to the size that it has, which ONNX Runtime then copies, and others resize"
+            )
+        if scale is not None and isinstance(size, int) and not (scale * size).is_integer():
+            raise s.refuse("it crops by scales that give no whole number of entries, which ONNX Runtime rounds first")
 
 
 def _scale(s: Step, position: int) -> float | None:
@@ -94,6 +115,8 @@ def _resized(s: Step, arrays: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any
     for attribute in attributes:
         if attribute.name == "mode" and attribute.s == b"bilinear":
             attribute.s = b"linear"
+        if attribute.s == b"pytorch_half_pixel" and arrays.get("sizes", [2, 2])[1] == 1:
+            attribute.s = b"align_corners"  # a single entry is read at 0, for which the evaluator takes -0.5
     names = [name if name in arrays else "" for name in ("x", "roi", "scales", "sizes")]
     resize = onnx.helper.make_node("Resize", names, ["y"])
     resize.attribute.extend(attributes)

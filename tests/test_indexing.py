@@ -1,0 +1,287 @@
+"""Scatter with every reduction, Compress, Einsum, Resize and MaxUnpool in the forms that the wheel's cases lack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+from checking import Array, apart, check_vjp, ort_run, small_model
+from onnx import ModelProto, TensorProto, helper
+
+import onnxgbp
+
+PROFILES = ("ort", "portable")
+DOUBLE = TensorProto.DOUBLE
+
+
+def assert_right(model: ModelProto, feeds: Mapping[str, Array], *, linear: bool) -> None:
+    for profile in PROFILES:
+        for name in feeds:
+            figures = check_vjp(model, feeds, output="y", wrt=[name], linear=linear, profile=profile)
+            assert all(figure.right for figure in figures), [f for f in figures if not f.right]
+
+
+def values(*shapes: Sequence[int]) -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    return {f"x{i}": apart(shape, rng, i) for i, shape in enumerate(shapes)}
+
+
+# --- Scatter --------------------------------------------------------------------------------------
+
+ELEMENTS = np.array([[0, 2, 0], [2, 2, 1]])  # several updates meet at one place
+ROWS = np.array([[2], [0], [2]])
+
+
+def scatter(operator: str, reduction: str, opset: int, axis: int = 1, dtype: int = DOUBLE) -> ModelProto:
+    given = {"reduction": reduction} if reduction else {}
+    if operator != "ScatterND":
+        given["axis"] = axis
+    indices = ROWS if operator == "ScatterND" else ELEMENTS
+    updates = [3, 4] if operator == "ScatterND" else [2, 3]
+    node = helper.make_node(operator, ["x0", "i", "x1"], ["y"], **given)
+    return small_model([node], {"x0": [3, 4], "x1": updates}, constants={"i": indices}, opset=opset, dtype=dtype)
+
+
+@pytest.mark.parametrize("reduction", ["add", "mul", "max", "min"])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_scatter_elements(axis: int, reduction: str) -> None:
+    linear = reduction == "add"
+    assert_right(scatter("ScatterElements", reduction, 18, axis), values([3, 4], [2, 3]), linear=linear)
+
+
+@pytest.mark.parametrize("reduction", ["add", "mul", "max", "min"])
+def test_scatter_nd(reduction: str) -> None:
+    assert_right(scatter("ScatterND", reduction, 18), values([3, 4], [3, 4]), linear=reduction == "add")
+
+
+@pytest.mark.parametrize(("operator", "opset"), [("Scatter", 9), ("ScatterElements", 11)])
+def test_scatter_without_reduction(operator: str, opset: int) -> None:
+    node = helper.make_node(operator, ["x0", "i", "x1"], ["y"], axis=1)
+    indices = np.array([[1, 3, 0], [2, 0, 3]])  # without a reduction no two may meet
+    model = small_model(
+        [node], {"x0": [3, 4], "x1": [2, 3]}, constants={"i": indices}, opset=opset, dtype=TensorProto.DOUBLE
+    )
+    assert_right(model, values([3, 4], [2, 3]), linear=False)
+
+
+TORCH = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
+
+
+@pytest.mark.parametrize("zeros", [(), ((0, 0),), ((0, 0), (0, 2)), ((1, 0),)])
+@pytest.mark.parametrize("own", [(), ((0, 0),), ((1, 2),)])
+@pytest.mark.parametrize("reduction", list(TORCH))
+def test_scatter_with_zeros_and_ties_as_torch(reduction: str, own, zeros) -> None:
+    """Zeros in a product, of the data, of one update, of two that meet; and ties, which share the gradient."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    data, updates = (rng.integers(1, 3, shape).astype(np.float32) for shape in ((3, 4), (2, 3)))
+    for array, places in ((data, own), (updates, zeros)):
+        for place in places:
+            array[place] = 0
+    seed = rng.standard_normal((3, 4)).astype(np.float32)
+    model = scatter("ScatterElements", reduction, 18, dtype=TensorProto.FLOAT)
+    converted = onnxgbp.convert(model, method="gradient", target="seed", output="y")
+    got = ort_run(converted, {"x0": data, "x1": updates, "seed": seed})
+    x, u = torch.tensor(data, requires_grad=True), torch.tensor(updates, requires_grad=True)
+    y = x.scatter_reduce(1, torch.tensor(ELEMENTS), u, TORCH[reduction], include_self=True)
+    y.backward(torch.tensor(seed))
+    np.testing.assert_array_equal(got["y"], y.detach().numpy())
+    np.testing.assert_allclose(got["attribution_x0"], x.grad.numpy(), atol=1e-6)  # float32
+    np.testing.assert_allclose(got["attribution_x1"], u.grad.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, -1])
+def test_compress(axis: int | None) -> None:
+    size = 12 if axis is None else (3, 4)[axis]
+    kept = np.arange(size) % 3 != 1
+    node = helper.make_node("Compress", ["x0", "kept"], ["y"], **({} if axis is None else {"axis": axis}))
+    model = small_model([node], {"x0": [3, 4]}, constants={"kept": kept}, opset=11, dtype=DOUBLE)
+    assert_right(model, values([3, 4]), linear=True)
+
+
+# --- Einsum ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("ii->i", [(3, 3)]),
+        ("ii->", [(3, 3)]),
+        ("ii", [(3, 3)]),
+        ("iii->i", [(3, 3, 3)]),
+        ("iji->j", [(3, 4, 3)]),
+        ("bii,bi->b", [(2, 3, 3), (2, 3)]),
+        ("ij,jj->ij", [(2, 3), (3, 3)]),
+        ("...ii->...i", [(2, 4, 3, 3)]),
+        ("...ij,...jk->...ik", [(2, 1, 3, 4), (1, 5, 4, 2)]),
+        ("...ij,...jk", [(1, 3, 4), (2, 4, 2)]),
+        ("...ij,jk->...ik", [(2, 5, 3, 4), (4, 2)]),
+        ("i...,i...->...", [(3, 1, 4), (3, 2, 1)]),
+        ("i...->i...", [(3, 1)]),
+        ("...i,...i->...i", [(4, 3), (1, 3)]),
+        ("a...,...->a...", [(2, 3, 1), (3, 5)]),
+    ],
+)
+def test_einsum(equation: str, shapes: list[tuple[int, ...]]) -> None:
+    feeds = values(*shapes)
+    node = helper.make_node("Einsum", list(feeds), ["y"], equation=equation)
+    model, single = (
+        small_model([node], dict(zip(feeds, shapes, strict=True)), opset=12, dtype=dtype)
+        for dtype in (DOUBLE, TensorProto.FLOAT)
+    )
+    for profile in PROFILES:
+        for name in feeds:
+            figures = check_vjp(model, feeds, output="y", wrt=[name], linear=True, profile=profile)
+            # linear, but einsum adds in another order than the difference: a few roundings of sums of a dozen terms
+            assert all(figure.error <= 1e-10 for figure in figures)
+    torch = pytest.importorskip("torch")
+    tensors = [torch.tensor(array, requires_grad=True) for array in feeds.values()]
+    y = torch.einsum(equation, *tensors)
+    seed = np.random.default_rng(1).standard_normal(tuple(y.shape))
+    y.backward(torch.tensor(seed))
+    converted = onnxgbp.convert(single, method="gradient", target="seed", output="y", wrt=list(feeds))
+    got = ort_run(converted, {n: a.astype(np.float32) for n, a in ({**feeds, "seed": seed}).items()})
+    for name, tensor in zip(feeds, tensors, strict=True):
+        attribution = got["attribution" if len(feeds) == 1 else f"attribution_{name}"]
+        np.testing.assert_allclose(attribution, tensor.grad.numpy(), atol=2e-5)  # float32
+
+
+# --- Resize ---------------------------------------------------------------------------------------
+
+
+def resize(size, attributes, opset=19, **given) -> tuple[ModelProto, ModelProto]:
+    """The model in float64 and in float32; given: roi, scales or sizes."""
+    names = ["x0", *(name if name in given else "" for name in ("roi", "scales", "sizes"))]
+    node = helper.make_node("Resize", names, ["y"], **attributes)
+    made = []
+    for dtype in (DOUBLE, TensorProto.FLOAT):
+        constants = {n: np.array(v, np.int64 if n == "sizes" else np.float32) for n, v in given.items()}
+        made.append(small_model([node], {"x0": size}, constants=constants, opset=opset, dtype=dtype))
+    return made[0], made[1]
+
+
+CROP = {"coordinate_transformation_mode": "tf_crop_and_resize"}
+SIZE = (1, 2, 5, 7)
+RESIZES = {
+    "crop": (SIZE, {**CROP, "mode": "linear"}, {"roi": [0, 0, 0.2, 0.1, 1, 1, 0.9, 0.7], "sizes": [1, 2, 4, 6]}),
+    "crop beyond": (
+        SIZE,
+        {**CROP, "mode": "linear", "extrapolation_value": 9.0},
+        {"roi": [0, 0, -0.3, 0.4, 1, 1, 0.9, 1.3], "sizes": [1, 2, 6, 8]},
+    ),
+    "crop nearest": (SIZE, {**CROP, "mode": "nearest"}, {"roi": [0, 0, 0.1, 0, 1, 1, 0.8, 1], "sizes": [1, 2, 3, 9]}),
+    "crop backwards": (SIZE, {**CROP, "mode": "linear"}, {"roi": [0, 0, 0.9, 0, 1, 1, 0.1, 1], "sizes": [1, 2, 3, 7]}),
+    "crop to one": (SIZE, {**CROP, "mode": "linear"}, {"roi": [0, 0, 0.3, 0, 1, 1, 0.8, 1], "sizes": [1, 2, 1, 7]}),
+    "crop by scales": (
+        SIZE,
+        {**CROP, "mode": "linear"},
+        {"roi": [0, 0, 0.2, 0.1, 1, 1, 0.9, 0.7], "scales": [1, 1, 2, 3]},
+    ),
+    "sizes that no float32 ratio gives": ((1, 1, 3, 49), {"mode": "linear"}, {"sizes": [1, 1, 10, 1]}),
+    "a scale that rounds to the same size": ((1, 1, 3, 4), {"mode": "linear"}, {"scales": [1, 1, 1.2, 2.3]}),
+    "one of 49": (
+        (1, 1, 49, 5),
+        {**CROP, "mode": "linear"},
+        {"roi": [0, 0, 0.2, 0, 1, 1, 0.7, 1], "sizes": [1, 1, 1, 5]},
+    ),
+    "antialias": (SIZE, {"mode": "linear", "antialias": 1}, {"sizes": [1, 2, 3, 4]}),
+    "antialias cubic": (SIZE, {"mode": "cubic", "antialias": 1}, {"scales": [1, 1, 0.6, 0.5]}),
+    "exclude outside": (SIZE, {"mode": "cubic", "exclude_outside": 1}, {"sizes": [1, 2, 8, 9]}),
+    "not larger": (
+        (1, 2, 3, 5),
+        {"mode": "linear", "keep_aspect_ratio_policy": "not_larger", "axes": [2, 3]},
+        {"sizes": [7, 8]},
+    ),
+    "not smaller": (
+        (1, 2, 3, 5),
+        {"mode": "linear", "keep_aspect_ratio_policy": "not_smaller", "axes": [3, 2]},
+        {"sizes": [8, 4]},
+    ),
+    "symmetric": (
+        SIZE,
+        {"mode": "linear", "coordinate_transformation_mode": "half_pixel_symmetric"},
+        {"scales": [1, 1, 1.7, 0.7]},
+    ),
+    "pytorch": (
+        SIZE,
+        {"mode": "cubic", "coordinate_transformation_mode": "pytorch_half_pixel"},
+        {"sizes": [1, 2, 1, 9]},
+    ),
+}
+
+
+EVALUATOR_AT_FAULT = {
+    "one of 49": "its length is 49 (1 / 49) < 1, so that it does not read the middle",
+    "pytorch": "reads a single entry at -0.5, where the standard has 0",
+}
+
+
+@pytest.mark.parametrize("name", RESIZES)
+def test_resize(name: str) -> None:
+    size, attributes, given = RESIZES[name]
+    wide, narrow = resize(size, attributes, **given)
+    feeds = values(size)
+    for profile in PROFILES if name not in EVALUATOR_AT_FAULT else ():
+        figures = check_vjp(wide, feeds, output="y", wrt=["x0"], linear=True, profile=profile)
+        # The matrix is made with scales and a roi of float32, as the node has them: rounding alone.
+        assert all(figure.error <= 1e-9 for figure in figures), figures
+    single = {"x0": feeds["x0"].astype(np.float32)}
+    before = ort_run(narrow, single)
+    seed = np.random.default_rng(1).standard_normal(before["y"].shape).astype(np.float32)
+    converted = onnxgbp.convert(narrow, method="gradient", target="seed", output="y")
+    results = ort_run(converted, {**single, "seed": seed})
+    v = np.random.default_rng(2).standard_normal(size).astype(np.float32)
+    above, below = (ort_run(narrow, {"x0": single["x0"] + sign * v})["y"] for sign in (1, -1))
+    change = float((seed.astype(np.float64) * (above.astype(np.float64) - below)).sum() / 2)
+    product = results["attribution"].astype(np.float64) * v
+    assert abs(product.sum() - change) <= 1e-5 * np.linalg.norm(product)  # float32, of a linear function
+
+
+@pytest.mark.parametrize(
+    ("attributes", "given", "why"),
+    [
+        ({"mode": "linear"}, {"scales": [1, 1, 1.2, 1.1]}, "its scales round to the size of its input"),
+        (
+            {**CROP, "mode": "linear"},
+            {"roi": [0, 0, 0.2, 0, 1, 1, 1, 1], "sizes": [1, 1, 3, 2]},
+            "the size that it has",
+        ),
+        ({**CROP, "mode": "linear"}, {"roi": [0, 0, 0.2, 0, 1, 1, 1, 1], "scales": [1, 1, 1.5, 1]}, "no whole number"),
+    ],
+)
+def test_resize_in_which_runtimes_disagree_is_refused(attributes, given, why: str) -> None:
+    with pytest.raises(onnxgbp.OnnxgbpError, match=why):
+        onnxgbp.convert(resize((1, 1, 3, 4), attributes, **given)[1], output="y", target="seed")
+
+
+def test_resize_of_a_region_that_is_fed_is_refused() -> None:
+    node = helper.make_node("Resize", ["x", "roi", "", "sizes"], ["y"], **CROP)
+    model = small_model(
+        [node], {"x": [1, 1, 4, 4], "roi": [8]}, constants={"sizes": np.array([1, 1, 2, 2])}, dtype=TensorProto.FLOAT
+    )
+    with pytest.raises(onnxgbp.OnnxgbpError, match="argument 'roi' is computed while the model runs"):
+        onnxgbp.convert(model, output="y", target="seed", wrt="x")
+
+
+# --- MaxUnpool ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [[1, 2, 5, 6], [1, 2, 4, 4]])
+def test_max_unpool_into_a_given_shape(shape: list[int]) -> None:
+    """ONNX Runtime and the standard put the elements in different places: the gradient follows whichever runs it."""
+    indices = np.array([[[[5, 7], [13, 15]], [[16, 18], [27, 28]]]])
+    node = helper.make_node("MaxUnpool", ["x0", "i", "shape"], ["y"], kernel_shape=[2, 2], strides=[2, 2])
+    constants = {"i": indices, "shape": np.array(shape)}
+    wide = small_model([node], {"x0": [1, 2, 2, 2]}, constants=constants, opset=11, dtype=DOUBLE)
+    wide.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", DOUBLE, shape))  # onnx infers none
+    feeds = values([1, 2, 2, 2])
+    assert_right(wide, feeds, linear=True)
+    single = small_model([node], {"x0": [1, 2, 2, 2]}, constants=constants, opset=11)
+    converted = onnxgbp.convert(single, method="gradient", target="seed", output="y")
+    seed = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    got = ort_run(converted, {"x0": feeds["x0"].astype(np.float32), "seed": seed})
+    for place in np.ndindex(1, 2, 2, 2):
+        one = np.zeros((1, 2, 2, 2), np.float32)
+        one[place] = 1
+        assert got["attribution"][place] == pytest.approx((ort_run(single, {"x0": one})["y"] * seed).sum())
