@@ -2,8 +2,8 @@
 
 The proof of an attribution needs more digits than float32 has, and no runtime's CPU provider computes a convolution in
 float64. The reference evaluator does, but loops over single elements in Python. The kernels below take its place for
-the operators where that hurts: each walks over the few positions of its kernel and leaves the rest to numpy. Four
-more stand here because onnx's own are no reference: Erf, and Gelu with it, answer in float32 only; BatchNormalization
+the operators where that hurts: each walks over the few positions of its kernel and leaves the rest to numpy. Others
+stand here because onnx's own are no reference: Erf, and Gelu with it, answer in float32 only; BatchNormalization
 before opset 14 normalises by the batch itself wherever the file has a `momentum`, as most have; LRN mistakes the batch
 for the channels.
 """
@@ -20,6 +20,8 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_scatter_elements import ScatterElements as _ScatterElements
+
+from onnxgbp.float64_recurrent import GRU, LSTM, RNN
 
 __all__ = ["evaluator", "to_float64"]
 
@@ -381,9 +383,12 @@ _KERNELS = [
     Conv,
     ConvTranspose,
     Erf,
+    GRU,
     GatherElements,
     Gelu,
     LRN,
+    LSTM,
     MaxPool,
+    RNN,
     ScatterElements,
 ]

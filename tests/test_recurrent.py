@@ -6,6 +6,7 @@ import dataclasses
 import io
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from checking import Array, check_vjp, cosine, forward_error, ort_run, reference
 from onnx import ModelProto, TensorProto, helper
 
 import onnxgbp
+from onnxgbp.float64 import evaluator
+from onnxgbp.verify import verify_model
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 DIRECTIONS = {"forward": 1, "reverse": 1, "bidirectional": 2}
@@ -151,6 +154,51 @@ def test_onnx_runtime_agrees_and_the_forward_pass_is_the_same(form: Form) -> Non
             after = ort_run(converted, {**feeds, "seed": seed})
             assert all(np.array_equal(before[name], after[name]) for name in before)
             assert cosine(after["attribution"], wanted) > 0.9999999
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.layout], ids=str)  # as above
+def test_the_kernels_that_verify_runs_are_those_of_onnx_runtime(form: Form) -> None:
+    feeds = form.feeds()
+    wanted = ort_run(form.model(TensorProto.FLOAT), {name: array.astype(np.float32) for name, array in feeds.items()})
+    found = evaluator(form.model()).run(None, feeds)
+    for name, array in zip(filter(None, form.made), found, strict=True):
+        np.testing.assert_allclose(array, wanted[name], atol=1e-6)  # float32
+        assert array.dtype == np.float64
+
+
+WIDE = [form for form in FORMS if form.lengths and len(set(form.lengths)) > 1]
+
+
+@pytest.mark.parametrize("form", WIDE, ids=str)
+def test_the_gradient_with_lengths_is_that_of_differences_in_float64(form: Form) -> None:
+    model, feeds = form.model(), form.feeds()
+    output = next(filter(None, form.made))
+    converted = onnxgbp.convert(model, method="gradient", target="seed", output=output, wrt=list(feeds))
+    rng, forward = np.random.default_rng(3), evaluator(model)
+    seed = rng.standard_normal(forward.run([output], feeds)[0].shape)
+    gradients = dict(
+        zip((o.name for o in converted.graph.output), evaluator(converted).run(None, feeds | {"seed": seed}))
+    )
+    for name in feeds:
+        v = rng.standard_normal(feeds[name].shape)
+        above, below = (forward.run([output], {**feeds, name: feeds[name] + s * 1e-6 * v})[0] for s in (1, -1))
+        product = gradients["attribution" if len(feeds) == 1 else f"attribution_{name}"] * v
+        assert abs(product.sum() - (seed * (above - below)).sum() / 2e-6) <= 2e-7 * np.linalg.norm(product)
+
+
+@pytest.mark.parametrize(
+    "form", [form for form in WIDE if form.batch == BATCH], ids=str
+)  # others run at one batch alone
+def test_verify_checks_a_model_with_lengths_in_float64(form: Form, tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").write_bytes(form.model(TensorProto.FLOAT).SerializeToString())
+    output = next(filter(None, form.made))
+    onnxgbp.save(
+        onnxgbp.convert(tmp_path / "net.onnx", method="gradient", target="seed", output=output), tmp_path / "out.onnx"
+    )
+    rows = {check.name: check for check in verify_model(tmp_path / "out.onnx", tmp_path / "net.onnx").checks}
+    assert all(check.passed for check in rows.values()), rows
+    assert "in float64" in rows["attribution"].detail
+    assert "not run" not in rows["runtime"].detail
 
 
 def _differences(form: Form, feeds: Mapping[str, Array], output: str, seed: Array) -> Array:

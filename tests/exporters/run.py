@@ -92,9 +92,7 @@ EXPORTERS = {
 }
 
 # Exporter and net that onnxgbp refuses, and why it may; any other refusal is a wrong result.
-REFUSED = {
-    ("sklearn", "logistic_regression"): "LinearClassifier of ai.onnx.ml: its gradient is its own coefficients",
-}
+REFUSED: dict[tuple[str, str], str] = {}
 
 
 class NotInstalledError(Exception):
