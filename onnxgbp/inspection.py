@@ -91,10 +91,9 @@ def inspect_model(
         "activations": activations,
     }
     place: dict[str, Any] = {"target": target, "output": output, "unit": unit, "seed": seed, "wrt": wrt}
-    found = _source_facts(source, options, place)
-    if not found["missing"] and not found["obstacles"]:
+    found, graph = _source_facts(source, options, place)
+    if graph is not None and not found["obstacles"]:
         try:
-            graph = GradientGraph.build(source, **place)
             found["notes"] += _raised(proto, graph.render(**options, profile=profile))
         except OnnxgbpError as error:
             found["obstacles"].append(str(error))
@@ -188,7 +187,10 @@ def _converted_facts(proto: onnx.ModelProto) -> dict[str, Any]:
     return {"holds": line, "recorded": facts}
 
 
-def _source_facts(source: Source, options: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
+def _source_facts(
+    source: Source, options: Mapping[str, Any], place: Mapping[str, Any]
+) -> tuple[dict[str, Any], GradientGraph | None]:
+    """The facts, and the gradient where there is one: it alone knows the activations in the bodies of control flow."""
     graph, obstacles = source.model.graph, list[str]()
     names = [place["wrt"]] if isinstance(place["wrt"], str) else list(place["wrt"])
     chosen, explained, path = Attributed((), ()), None, Nodes()
@@ -201,13 +203,19 @@ def _source_facts(source: Source, options: Mapping[str, Any], place: Mapping[str
     found = recognise(graph)
     passed = _passed(path, explained.tensor, found) if explained is not None else []
     missing = missing_rules(path, explained.tensor, found) if explained is not None else []
-    choices = list[Choice]()
+    choices, made = list[Choice](), None
+    if not missing and not obstacles:
+        try:
+            made = GradientGraph.build(source, **place)
+        except OnnxgbpError as error:
+            obstacles.append(str(error))
     try:
         rules, kinds = parse_rules(options["method"], options["rule"]), parse_activations(options["activations"])
-        choices = list(choose(passed, rules, kinds, depths(graph, passed)).values())
+        reached, depth = (made.found, made.depths) if made is not None else (passed, depths(graph, passed))
+        choices = list(choose(reached, rules, kinds, depth).values())
     except OnnxgbpError as error:
         obstacles.append(str(error))
-    return {
+    facts = {
         "explained": _explained_facts(explained) if explained is not None else None,
         "wrt": [_tensor_facts(value) for value in chosen.tensors],
         "activations": audit(choices),
@@ -218,6 +226,7 @@ def _source_facts(source: Source, options: Mapping[str, Any], place: Mapping[str
         "notes": [chosen.note] * bool(chosen.note)
         + (_notes(explained, found, choices) if explained is not None else []),
     }
+    return facts, made
 
 
 def _passed(path: Nodes, tensor: ir.Value, found: Mapping[ir.Node, Activation]) -> list[Activation]:
@@ -306,7 +315,9 @@ def _source_text(found: Mapping[str, Any]) -> list[str]:
                     row["kind"] if row["spelled"] == row["kind"] else f"{row['kind']} as {row['spelled']}",
                     row["rule"],
                     _energy_text(row.get("energy")),
-                    "; ".join(filter(None, (row["reason"], row["note"]))),
+                    "; ".join(
+                        filter(None, (row["reason"], row["inside"] and f"inside '{row['inside']}'", row["note"]))
+                    ),
                 )
                 for row in rows
             ]

@@ -160,6 +160,7 @@ def audit(choices: Iterable[Choice]) -> list[dict[str, Any]]:
     return [
         {
             "node": choice.name,
+            "inside": choice.activation.node.meta.get("inside"),  # the If, Loop or Scan in whose body it stands
             "kind": choice.activation.kind,
             "spelled": choice.activation.spelled,
             "input": choice.activation.x.name,

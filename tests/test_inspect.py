@@ -240,3 +240,42 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(tmp_path / "a.onnx")])
     assert result.exit_code == 1
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+BODIES = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[N,3] x, bool which, float[T,N,3] xs) => (float[N,3] y)
+<int64 three = {3}, bool on = {1}>
+{
+  [before] a = Tanh (x)
+  [choice] b = If (which) <
+    then_branch = f () => (float[N,3] o) { [first] o = Relu (a) },
+    else_branch = g () => (float[N,3] o) {
+      [inner] o = If (which) <then_branch = h () => (float[N,3] p) { [deep] p = Elu (a) },
+                              else_branch = i () => (float[N,3] p) { [deeper] p = Selu (a) }> }
+  >
+  [steps] c = Scan <num_scan_inputs = 1, body = j (float[N,3] s, float[N,3] t) => (float[N,3] u) {
+      v = Add (s, t)  [turn] u = Softplus (v) }> (b, xs)
+  [again] y = Loop (three, on, c) <body = k (int64 n, bool go, float[N,3] s) => (bool more, float[N,3] t) {
+      more = Identity (go)  [round] t = Relu (s) }>
+}
+"""
+
+
+def test_activations_inside_control_flow_are_listed(tmp_path: Path) -> None:
+    path = written(tmp_path, BODIES)
+    found = told(path, "--wrt", "x", "--target", "seed", "--rule", "deep*=deconvnet", "--rule", "round=gradient")
+    assert found["convertible"], found["obstacles"]
+    rows = {row["node"]: (row["kind"], row["inside"], row["rule"]) for row in found["activations"]}
+    assert rows == {
+        "before": ("Tanh", None, "guided"),
+        "first": ("Relu", "choice", "guided"),
+        "deep": ("Elu", "inner", "deconvnet"),
+        "deeper": ("Selu", "inner", "deconvnet"),
+        "turn": ("Softplus", "steps", "guided"),
+        "round": ("Relu", "again", "gradient"),
+    }
+    assert found["plain"] == ["round"]
+    text = CliRunner().invoke(main, ["inspect", str(path), "--wrt", "x", "--target", "seed"]).stdout
+    assert "activations on the path: 6" in text
+    assert "inside 'choice'" in text

@@ -12,7 +12,7 @@ from onnxgbp.constants import constant_value
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.recognise import recognise
 from onnxgbp.shapes import infer_shapes
-from onnxgbp.step import Step
+from onnxgbp.step import Step, label
 
 __all__ = ["copied", "gradients", "or_zeros"]
 
@@ -68,6 +68,7 @@ def _copy(op: Emit, s: Step, body: ir.Graph, arguments: Sequence[ir.Value]) -> t
     copy.opset_imports.update(op.graph.opset_imports)
     copy.meta.update(op.graph.meta)
     for node in copy.all_nodes():
+        node.meta["inside"] = label(s.node)  # for the audit
         given = node.attributes.get("value") if node.op_type == "Constant" else None
         tensor = given.as_tensor() if given is not None else None
         if tensor is not None and tensor.dtype != ir.DataType.STRING:
