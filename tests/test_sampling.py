@@ -92,6 +92,24 @@ def test_grid_sample_of_one_pixel(padding, align) -> None:
     np.testing.assert_allclose(got["attribution_g"], at.grad.numpy(), atol=1e-12)
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("align", [0, 1])
+@pytest.mark.parametrize("size", [(2, 3, 4, 6), (2, 3, 3, 4, 5)])
+def test_affine_grid(size, align, profile) -> None:
+    torch = pytest.importorskip("torch")
+    rank = len(size) - 2
+    node = helper.make_node("AffineGrid", ["theta", "size"], ["y"], align_corners=align)
+    rng = np.random.default_rng(0)
+    theta, seed = rng.standard_normal((2, rank, rank + 1)), rng.standard_normal((2, *size[2:], rank))
+    model = _model(
+        node, {"theta": ["N", rank, rank + 1]}, [("size", np.array(size, np.int64))], dtype=TensorProto.DOUBLE
+    )
+    got = _run(model, {"theta": theta, "seed": seed}, profile)
+    tensor = torch.tensor(theta, requires_grad=True)
+    torch.nn.functional.affine_grid(tensor, size, align_corners=bool(align)).backward(torch.tensor(seed))
+    np.testing.assert_allclose(got["attribution"], tensor.grad.numpy(), atol=1e-11)
+
+
 # Inside, over every border, outside altogether, smaller than a pixel, turned round, larger than the image.
 REGIONS = [
     [0.3, 0.2, 8.1, 6.3],

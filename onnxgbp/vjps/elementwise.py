@@ -68,6 +68,11 @@ def pow_b(op: Emit, s: Step) -> ir.Value:
     return op.cast_like(op.Mul(op.Mul(s.dy, s.y), log), s.input(1))
 
 
+def mod_b(op: Emit, s: Step) -> ir.Value:
+    """y = a - b q, with the quotient q rounded towards 0 (fmod) or down."""
+    return op.Div(op.Mul(s.dy, op.Sub(s.y, s.x)), s.input(1))
+
+
 def where_a(op: Emit, s: Step) -> ir.Value:
     return op.Where(s.input(0), s.dy, op.like(0, s.dy))
 
@@ -91,6 +96,7 @@ VJPS = {
     "Sub": broadcasting(passes, negated),
     "Mul": broadcasting(lambda op, s: op.Mul(s.dy, s.input(1)), lambda op, s: op.Mul(s.dy, s.input(0))),
     "Div": broadcasting(lambda op, s: op.Div(s.dy, s.input(1)), div_b),
+    "Mod": broadcasting(passes, mod_b),
     "Pow": broadcasting(pow_a, pow_b),
     "Sum": variadic(lambda op, s, index: s.dy, broadcast=True),
     "Mean": variadic(lambda op, s, index: op.Div(s.dy, len(s.node.inputs)), broadcast=True),

@@ -128,11 +128,33 @@ def cumsum_x(op: Emit, s: Step) -> ir.Value:
     return op.CumSum(s.dy, s.input(1), reverse=1 - reverse, exclusive=exclusive)
 
 
+def cumprod_x(op: Emit, s: Step) -> ir.Value:
+    """The slope of y[j] by x[i] is the product of the entries before i times that from behind i up to j: no division.
+
+    A `reverse` product is the same from the other end; an `exclusive` one leaves out entry j itself.
+    """
+    given, rank = s.argument("axis"), s.rank()
+    axis, reverse, exclusive = int(given) % rank, int(s.argument("reverse")), int(s.argument("exclusive"))
+    order = [i for i in range(rank) if i != axis] + [axis]
+    x, dy = op.Transpose(s.x, perm=order), op.Transpose(s.dy, perm=order)
+    place = op.Reshape(op.positions(s.x, axis), [1, -1])  # j; every matrix below is [..., i, j]
+    mine = op.Reshape(place, [-1, 1])
+    behind = op.Less(place, mine) if reverse else op.Greater(place, mine)
+    kept = op.Where(behind, op.Unsqueeze(x, axes=[rank - 1]), op.like(1, x))
+    tail = op.CumProd(kept, op.int64(rank), exclusive=exclusive, reverse=reverse)
+    before = op.CumProd(x, op.int64(rank - 1), exclusive=1, reverse=reverse)
+    reached = behind if exclusive else op.Or(behind, op.Equal(place, mine))
+    slope = op.Where(reached, op.Mul(op.Unsqueeze(before, axes=[rank]), tail), op.like(0, x))
+    dx = op.ReduceSum(op.Mul(slope, op.Unsqueeze(dy, axes=[rank - 1])), axes=[rank], keepdims=0)
+    return op.Transpose(dx, perm=[order.index(i) for i in range(rank)])
+
+
 def top_k_x(op: Emit, s: Step) -> ir.Value:
     return op.ScatterElements(op.zeros_like(s.x), s.node.outputs[1], s.dy, axis=s.axis())
 
 
 VJPS = {
+    "CumProd": inputs(cumprod_x),
     "CumSum": inputs(cumsum_x),
     "ReduceL1": scaled(lambda op, x, y: op.Sign(x)),
     "ReduceL2": scaled(l2),

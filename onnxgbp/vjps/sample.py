@@ -229,7 +229,25 @@ def _roi_max(op: Emit, s: Step, rows: _Grid, columns: _Grid) -> ir.Value:
     return op.Transpose(op.Reshape(total, op.vector(-1, height, width, channels)), perm=[0, 3, 1, 2])
 
 
+def affine_grid_theta(op: Emit, s: Step) -> ir.Value:
+    """Each place is theta (x, y, ..., 1): for a column of theta, dy is summed with that coordinate of the places."""
+    rank, aligned = s.rank(s.y) - 2, bool(s.argument("align_corners"))
+    axes = list(range(1, rank + 1))
+    columns = []
+    for axis in reversed(axes):  # x runs along the last axis
+        size = op.cast_like(op.dim(s.y, axis), s.dy)
+        number = op.cast_like(op.positions(s.y, axis), s.dy)
+        if aligned:
+            place = op.Div(op.Mul(number, 2), op.Max(op.Sub(size, 1), op.like(1, size)))
+        else:
+            place = op.Div(op.Add(op.Mul(number, 2), 1), size)
+        columns.append(op.ReduceSum(op.Mul(s.dy, op.Sub(place, 1)), axes=axes, keepdims=0))
+    columns.append(op.ReduceSum(s.dy, axes=axes, keepdims=0))
+    return op.Concat(*(op.Unsqueeze(column, axes=[2]) for column in columns), axis=2)
+
+
 VJPS = {
+    "AffineGrid": inputs(affine_grid_theta),
     "GridSample": inputs(grid_sample_x, grid_sample_grid),
     "RoiAlign": inputs(roi_align_x),
 }

@@ -93,7 +93,9 @@ def export(model: ClassifierMixin, classes: int, scaled: bool, opset: int, zipma
         gradients = logit_gradients(model, seen, rule == "guided")
         if rule == "gradient":
             check(model, seen, gradients)
-        if len(gradients) == 1:
+        if len(gradients) == 1 and isinstance(model, LogisticRegression):
+            gradients = np.concatenate([-gradients, gradients])  # its file has a score of its own for either class
+        elif len(gradients) == 1:
             gradients = of_probabilities(gradients[0], model.predict_proba(seen)[:, 1:], rule == "guided")
         maps[rule] = gradients[target, np.arange(BATCH)] / scale
     return {"x": x, "target": target, "output": whole.predict_proba(x.astype(np.float64)), **maps}
@@ -113,6 +115,9 @@ MODELS = {
     "mlp_scaled": (mlp("relu"), CLASSES, True, 17, False),
     "mlp_two_classes": (mlp("relu"), 2, False, 17, False),
     "logistic_regression": (LogisticRegression(), CLASSES, False, 17, False),
+    "logistic_regression_scaled": (LogisticRegression(), CLASSES, True, 17, False),
+    "logistic_regression_two_classes": (LogisticRegression(), 2, False, 17, False),
+    "logistic_regression_zipmap": (LogisticRegression(), CLASSES, True, 17, True),
 }
 
 if __name__ == "__main__":
