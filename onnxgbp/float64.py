@@ -22,6 +22,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_scatter_elements import ScatterElements as _ScatterElements
 
 from onnxgbp.float64_recurrent import GRU, LSTM, RNN
+from onnxgbp.float64_sampling import AffineGrid, GridSample
 
 __all__ = ["evaluator", "to_float64"]
 
@@ -378,6 +379,7 @@ class LRN(OpRun):
 
 
 _KERNELS = [
+    AffineGrid,
     AveragePool,
     BatchNormalization,
     Conv,
@@ -386,6 +388,7 @@ _KERNELS = [
     GRU,
     GatherElements,
     Gelu,
+    GridSample,
     LRN,
     LSTM,
     MaxPool,

@@ -24,6 +24,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_scatter_elements import ScatterElements
 
 import onnxgbp
+from onnxgbp.float64_sampling import AffineGrid, GridSample
 
 Array = npt.NDArray[Any]
 
@@ -423,7 +424,9 @@ class Scatter(ScatterElements):
     op_domain = ""
 
 
+# AffineGrid and GridSample are the product's own: tests/test_sampling.py compares them with ONNX Runtime in float64.
 LITERAL: list[type[OpRun]] = [
+    AffineGrid,
     AveragePool,
     BatchNormalization,
     ConvTranspose,
@@ -431,6 +434,7 @@ LITERAL: list[type[OpRun]] = [
     GatherElements,
     Gelu,
     GlobalMaxPool,
+    GridSample,
     LRN,
     LogSoftmax,
     LpNormalization,

@@ -6,6 +6,8 @@ from checking import ort_run
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxgbp
+from onnxgbp.float64 import evaluator
+from onnxgbp.verify import verify_model
 
 PROFILES = ("ort", "portable")
 DTYPES = {TensorProto.FLOAT: np.float32, TensorProto.DOUBLE: np.float64}
@@ -90,6 +92,54 @@ def test_grid_sample_of_one_pixel(padding, align) -> None:
     )
     np.testing.assert_allclose(got["attribution_x"], image.grad.numpy(), atol=1e-12)
     np.testing.assert_allclose(got["attribution_g"], at.grad.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("align", [0, 1])
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize(("mode", "rank"), [("linear", 2), ("nearest", 2), ("cubic", 2), ("linear", 3), ("nearest", 3)])
+def test_the_kernel_that_verify_runs_is_that_of_onnx_runtime(mode, rank, padding, align) -> None:
+    node = helper.make_node("GridSample", ["x", "g"], ["y"], mode=mode, padding_mode=padding, align_corners=align)
+    rng, (size, places) = np.random.default_rng(0), SPATIAL[rank]
+    feeds = {"x": rng.standard_normal((2, 3, *size)), "g": rng.uniform(-2.6, 2.6, (2, *places, rank))}
+    model = _model(node, {name: array.shape for name, array in feeds.items()}, dtype=TensorProto.DOUBLE)
+    np.testing.assert_allclose(evaluator(model).run(None, feeds)[0], ort_run(model, feeds)["y"], atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+@pytest.mark.parametrize("align", [0, 1])
+def test_verify_checks_a_spatial_transformer_in_float64(align, mode, tmp_path) -> None:
+    """x -> a few numbers -> an affine grid -> x sampled there: both gradients of GridSample, and that of the grid."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w", "b"], ["six"]),
+        helper.make_node("Reshape", ["six", "form"], ["theta"]),
+        helper.make_node("AffineGrid", ["theta", "size"], ["grid"], align_corners=align),
+        helper.make_node("GridSample", ["x", "grid"], ["moved"], mode=mode, align_corners=align),
+        helper.make_node("Flatten", ["moved"], ["features"]),
+        helper.make_node("Gemm", ["features", "v"], ["y"]),
+    ]
+    constants = {
+        "w": rng.standard_normal((2 * 5 * 6, 6)).astype(np.float32) * 0.03,
+        "b": np.array([0.8, 0.1, 0.1, -0.1, 0.9, -0.1], np.float32),
+        "form": np.array([-1, 2, 3]),
+        "size": np.array([2, 2, 4, 7]),
+        "v": rng.standard_normal((2 * 4 * 7, 3)).astype(np.float32),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "transformer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 2, 5, 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    onnxgbp.save(onnxgbp.convert(tmp_path / "net.onnx", method="gradient"), tmp_path / "out.onnx")
+    rows = {check.name: check for check in verify_model(tmp_path / "out.onnx", tmp_path / "net.onnx").checks}
+    assert all(check.passed for check in rows.values()), rows
+    assert "in float64" in rows["attribution"].detail
+    assert "not run" not in rows["runtime"].detail
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -56,39 +56,8 @@ ABOVE_ONE = {"Acosh"}
 TRAINING = "refused: training mode"
 EMPTY = "an empty tensor: nothing to differentiate, and the evaluator's ArgMax fails on it"
 
-FLOAT32_SAMPLES = "the evaluator samples in float32; tests/test_sampling.py compares with torch in float64"
-
 NOT_RUN = {
     "test_scan_sum": "a Scan of opset 8, which is refused: onnx's converter drops its batch axis",
-    **dict.fromkeys(
-        [
-            "test_gridsample",
-            "test_gridsample_aligncorners_true",
-            "test_gridsample_bicubic",
-            "test_gridsample_bicubic_align_corners_0_additional_1",
-            "test_gridsample_bicubic_align_corners_1_additional_1",
-            "test_gridsample_bilinear",
-            "test_gridsample_bilinear_align_corners_0_additional_1",
-            "test_gridsample_bilinear_align_corners_1_additional_1",
-            "test_gridsample_border_padding",
-            "test_gridsample_reflection_padding",
-            "test_gridsample_volumetric_bilinear_align_corners_0",
-            "test_gridsample_volumetric_bilinear_align_corners_1",
-            "test_gridsample_volumetric_nearest_align_corners_0",
-            "test_gridsample_volumetric_nearest_align_corners_1",
-            "test_gridsample_zeros_padding",
-        ],
-        FLOAT32_SAMPLES,
-    ),
-    **dict.fromkeys(
-        [
-            "test_affine_grid_2d",
-            "test_affine_grid_2d_align_corners",
-            "test_affine_grid_3d",
-            "test_affine_grid_3d_align_corners",
-        ],
-        "the evaluator answers in float32; tests/test_sampling.py compares with torch in float64",
-    ),
     "test_stft": "the case itself declares another number of bins than onnx infers; tests/test_sampling.py has STFT",
     "test_stft_with_window": "the window is fed, not known before the run; tests/test_sampling.py has a constant one",
     "test_mvn": "the standard's function body knows float32 alone",
