@@ -100,6 +100,23 @@ def test_compress(axis: int | None) -> None:
     assert_right(model, values([3, 4]), linear=True)
 
 
+@pytest.mark.parametrize(
+    ("batch", "indices"),
+    [
+        (0, [[0, 1], [1, 2], [0, 1]]),
+        (1, [[[2, 0], [1, 3], [2, 0]], [[0, 0], [0, -1], [1, 1]]]),
+        (2, [[[1], [0], [1]], [[3], [3], [2]]]),
+        (1, [[2], [0]]),
+    ],
+)
+@pytest.mark.parametrize("free", [False, True])
+def test_gather_nd(batch: int, indices: Sequence[object], free: bool) -> None:
+    node = helper.make_node("GatherND", ["x0", "i"], ["y"], batch_dims=batch)
+    shape = ["N", 3, 4] if free and batch else [2, 3, 4]
+    model = small_model([node], {"x0": shape}, constants={"i": np.array(indices)}, opset=13, dtype=DOUBLE)
+    assert_right(model, values([2, 3, 4]), linear=True)
+
+
 # --- Einsum ---------------------------------------------------------------------------------------
 
 

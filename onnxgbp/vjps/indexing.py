@@ -31,9 +31,14 @@ def gather_elements_x(op: Emit, s: Step) -> ir.Value:
 
 
 def gather_nd_x(op: Emit, s: Step) -> ir.Value:
-    if s.argument("batch_dims"):
-        raise s.refuse("batch_dims is not 0, for which there is no rule")
-    return op.ScatterND(op.zeros_like(s.x), s.input(1), s.dy, reduction="add")
+    """Dy goes back to where it was taken; a batch dim, which the indices leave out, is written into them."""
+    batch = int(s.argument("batch_dims") or 0)
+    if not batch:
+        return op.ScatterND(op.zeros_like(s.x), s.input(1), s.dy, reduction="add")
+    indices, last = s.input(1), s.rank(s.input(1)) - 1
+    first = op.Slice(indices, starts=[0], ends=[1], axes=[last])  # for its shape
+    ahead = [op.Add(op.Mul(first, [0]), op.positions(indices, axis)) for axis in range(batch)]
+    return op.ScatterND(op.zeros_like(s.x), op.Concat(*ahead, indices, axis=last), s.dy, reduction="add")
 
 
 def compress_x(op: Emit, s: Step) -> ir.Value:
