@@ -5,9 +5,11 @@ How a convolution's gradient is spelled depends on where it shall run: `lower.py
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxgbp.broadcast import unbroadcast
@@ -40,6 +42,19 @@ def conv_transpose_x(op: Emit, s: Step) -> ir.Value:
         pads=pads,
         group=int(s.argument("group")),
     )
+
+
+def col2im_x(op: Emit, s: Step) -> ir.Value:
+    """Col2Im adds columns up where they came from, so that its gradient cuts dy into columns: a one-hot Conv."""
+    block = s.ints("block_shape")
+    if block is None:
+        raise s.refuse("its block_shape is missing")
+    image = [op.dim(s.y, axis) for axis in range(2, s.rank(s.y))]
+    size = math.prod(block)
+    kernel = op.like(np.eye(size).reshape(size, 1, *block), s.dy)
+    given = {name: s.ints(name) for name in ("dilations", "pads", "strides")}
+    columns = op.Conv(op.Reshape(s.dy, op.vector(-1, 1, *image)), kernel, **given)  # [N C, block, columns...]
+    return op.reshape_like(columns, s.x)
 
 
 def gemm_a(op: Emit, s: Step) -> ir.Value:
@@ -168,6 +183,7 @@ def _terms(s: Step) -> tuple[list[str], str, list[list[int]]]:
 
 
 VJPS = {
+    "Col2Im": inputs(col2im_x),
     "Conv": inputs(conv_x),
     "ConvTranspose": inputs(conv_transpose_x),
     "Einsum": variadic(einsum),
