@@ -19,6 +19,9 @@ from onnxgbp.vjps import VJPS
 # Data inputs; the others (scales, biases, bounds) are held fixed, as weights are.
 DATA = {"Attention": (0, 1, 2)}
 
+# Its gradient is compared with torch's in test_sampling.py.
+NO_TWIN = {"AffineGrid": "its body gives vectors to Range, which wants scalars: onnx infers no shape behind it"}
+
 
 @functools.cache
 def twins() -> dict[str, tuple[onnx.ModelProto, onnx.ModelProto, dict[str, Array]]]:
@@ -76,6 +79,8 @@ def test_gradient_of_operator_and_expansion(name: str) -> None:
     feeds = {
         n: feeds[n] + np.float32(0.0137) if n in wrt else feeds[n] for n in feeds
     }  # off the kinks at round numbers
+    if node.op_type in NO_TWIN:
+        pytest.skip(NO_TWIN[node.op_type])
     if any(feeds[n].size == 0 for n in wrt):
         pytest.skip("an empty tensor has no gradient")
     if plain.opset_import[0].version > newest_opset():
