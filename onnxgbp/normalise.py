@@ -23,9 +23,8 @@ from onnxgbp.contrib import CONTRIB
 from onnxgbp.emit import Emit
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.step import Step, label
-from onnxgbp.target import find_scores, scores_name
 from onnxgbp.vjps import VJPS, ZERO_GRADIENT
-from onnxgbp.vjps.classic import SQUASHING, linear_scores
+from onnxgbp.vjps.classic import SQUASHING, find_scores, linear_scores, scores_name
 
 __all__ = ["expandable", "normalise"]
 

@@ -16,6 +16,7 @@ from onnxgbp.emit import Dims, Emit, dims_of, is_float
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.labels import find_label
 from onnxgbp.step import label
+from onnxgbp.vjps.classic import find_scores
 
 __all__ = [
     "SEEDS",
@@ -24,7 +25,6 @@ __all__ = [
     "Unit",
     "classes_of",
     "explained_tensor",
-    "find_scores",
     "find_tensor",
     "make_seed",
     "parse_class",
@@ -32,7 +32,6 @@ __all__ = [
     "parse_target",
     "parse_unit",
     "resolve_target",
-    "scores_name",
     "stripped_text",
     "unit_text",
 ]
@@ -236,16 +235,6 @@ def explained_tensor(graph: ir.Graph, wrt: Sequence[ir.Value], name: str | None)
         outputs = [scores.output for scores in candidates.values() if scores.output is not None]
         raise OnnxgbpError(f"ambiguous output: {_names(outputs)} could all be explained; choose one with --output")
     return next(iter(candidates.values()))
-
-
-def scores_name(classifier: ir.Node) -> str:
-    """What the scores behind the probabilities of a LinearClassifier are called."""
-    return f"{classifier.outputs[1].name}/scores"
-
-
-def find_scores(graph: ir.Graph, classifier: ir.Node) -> ir.Value | None:
-    name = scores_name(classifier)
-    return next((value for node in graph for value in node.outputs if value.name == name), None)
 
 
 def _walk_back(value: ir.Value, over: Collection[str]) -> tuple[ir.Value, list[ir.Node]]:

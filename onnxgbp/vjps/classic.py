@@ -14,16 +14,15 @@ from onnxgbp.step import Step
 from onnxgbp.vjps.entry import inputs
 from onnxgbp.vjps.shape import contract, copies
 
-__all__ = ["SQUASHING", "TREES", "VJPS", "linear_scores"]
+__all__ = ["SQUASHING", "TREES", "VJPS", "find_scores", "linear_scores", "scores_name"]
 
 TREES = {
     f"ai.onnx.ml::{name}": "a tree ensemble is piecewise constant: it has no gradient"
     for name in ("TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor")
 }
 
-SQUASHING = frozenset(
-    {"LOGISTIC", "SOFTMAX", "SOFTMAX_ZERO"}
-)  # what makes probabilities of a LinearClassifier's scores
+# What makes probabilities of a LinearClassifier's scores.
+SQUASHING = frozenset({"LOGISTIC", "SOFTMAX", "SOFTMAX_ZERO"})
 
 
 def scaler_x(op: Emit, s: Step) -> ir.Value:
@@ -40,6 +39,16 @@ def normalizer_x(op: Emit, s: Step) -> ir.Value:
     if norm == "L2":
         return op.Div(op.Sub(s.dy, op.Mul(s.y, total)), op.ReduceL2(s.x, axes=[1], keepdims=1))
     raise s.refuse(f"its norm '{norm}' has no rule")
+
+
+def scores_name(classifier: ir.Node) -> str:
+    """What the scores behind the probabilities of a LinearClassifier are called."""
+    return f"{classifier.outputs[1].name}/scores"
+
+
+def find_scores(graph: ir.Graph, classifier: ir.Node) -> ir.Value | None:
+    name = scores_name(classifier)
+    return next((value for node in graph for value in node.outputs if value.name == name), None)
 
 
 def linear_scores(op: Emit, s: Step) -> ir.Value:
