@@ -31,8 +31,9 @@ CASES += [(name, "torchscript", 11) for name in ("AlexNet", "ResNet-18", "Mobile
 CASES += [(name, "torchscript", 13) for name in ("MobileNetV3", "ConvNeXt", "MLP-Mixer", "LSTM")]
 CASES += [("ConvNeXt", "dynamo", 20), ("DeiT", "dynamo", 23)]  # with Gelu, with Attention
 
-# All that Captum's hooks can see: each ReLU is a module, used once.
-FOR_CAPTUM = ("AlexNet", "VGG-16", "ResNet-18", "ResNet-50")
+# All that Captum's hooks can see: each ReLU is a module and the only reader of its input (see test_captum.py).
+FOR_CAPTUM = ("AlexNet", "VGG-16", "ResNet-18", "ResNet-50", "ResNeXt", "SqueezeNet")
+FOR_CAPTUM += ("ShuffleNetV2", "RegNet", "MobileNetV3", "CNN-1D")
 
 # Files with an operator that `reference.py` does not know, and the same network's file that it reads in their place.
 STAND_IN = {
