@@ -24,7 +24,7 @@ ZIPMAP = {"grad_logit": "grad_logit", "gbp_logit": "gbp_logit", "deconv_logit": 
 
 # Lowest cosine with the stored references, where it is not 0.999.
 LOOSER = {
-    # float16 weights of its own flip 4 ReLU and 3 MaxPool decisions; see also test_float16_against_its_own_weights.
+    # float16 weights of its own flip 4 ReLU and 3 MaxPool decisions; see also test_every_rule_on_every_file.
     "torch_mnist_relu.fp16_keepio": 0.997,
     # Rounding its weights alone leaves 0.9946 against the float net's gradient; its activations are rounded as well.
     "torch_mnist_relu.qdq": 0.99,
@@ -66,18 +66,41 @@ def test_stored_reference(name: str, kind: str) -> None:
     assert cosine(after["attribution"], want.reshape(after["attribution"].shape)) >= LOOSER.get(name, 0.999)
 
 
-def test_float16_against_its_own_weights() -> None:
-    reference = torch_reference()
-    row = ROWS["torch_mnist_relu.fp16_keepio"]
+@pytest.mark.parametrize("method", METHODS.values())
+@pytest.mark.parametrize("name", [name for name in ROWS if not name.endswith(".qdq")])  # the reference reads no QDQ
+def test_every_rule_on_every_file(name: str, method: str) -> None:
+    """Most exporters left nothing but a gradient to compare with: the other rules are the float64 reference's.
+
+    It has the file's own weights, so that the float16 file meets the same bound as the others.
+    """
+    row = ROWS[name]
     source = onnx.load(CORPUS / row["onnx"])
     feeds = _feeds(row, np.load(CORPUS / row["npz"]))
-    for method in METHODS.values():
-        graph = onnxgbp.GradientGraph.build(onnxgbp.load(source))
-        after = ort_run(graph.render(method=method), feeds)
-        name = graph.explained.tensor.name
-        wanted, _ = reference.attribution(source, feeds, name, None, list(feeds), method)
-        (want,) = wanted.values()
-        assert cosine(after["attribution"], want) >= 0.999
+    graph = onnxgbp.GradientGraph.build(onnxgbp.load(source))
+    after = ort_run(graph.render(method=method), feeds)
+    explained = graph.explained.tensor.name
+    wanted, _ = torch_reference().attribution(source, feeds, explained, None, list(feeds), method)
+    (want,) = wanted.values()
+    assert after["attribution"].shape == want.shape
+    assert cosine(after["attribution"], want) >= 0.9999
+    assert np.linalg.norm(after["attribution"]) == pytest.approx(np.linalg.norm(want), rel=1e-2)
+
+
+# The other exports of a net, with the same weights and inputs, beside its first.
+FIRST = {row["npz"]: name for name, row in reversed(ROWS.items())}
+TWINS = [(FIRST[row["npz"]], name) for name, row in ROWS.items() if name != FIRST[row["npz"]]]
+
+
+@pytest.mark.parametrize("method", METHODS.values())
+@pytest.mark.parametrize(("name", "twin"), TWINS)
+def test_the_exporter_makes_no_difference(name: str, twin: str, method: str) -> None:
+    maps = []
+    for row in (ROWS[name], ROWS[twin]):
+        arrays = np.load(CORPUS / row["npz"])
+        converted = onnxgbp.convert(CORPUS / row["onnx"], method=method, target="input")
+        target = arrays[row.get("target_key") or "target"].astype(np.int64)
+        maps.append(ort_run(converted, {**_feeds(row, arrays), "target": target})["attribution"])
+    assert cosine(*maps) >= min(LOOSER.get(name, 0.9999), LOOSER.get(twin, 0.9999))
 
 
 @pytest.mark.parametrize("name", list(ROWS))
