@@ -1,6 +1,7 @@
 """The activations: their derivative, written from x and y alone, one line each.
 
-A derivative that is 0 or 1 is given as a bool mask (it gates with `Where`, never a product); any other as a factor.
+A derivative that is 0 or 1 is given as a bool mask (it gates with `Where`, never a product), one that is flat somewhere
+as a mask and the factor where it is not, any other as a factor.
 `y` is used where it tells the same as `x`: then a runtime can keep the activation fused into the operator before it.
 Bounds are strict: at x = 0 of a ReLU, or at either end of a Clip, nothing passes.
 """
@@ -19,7 +20,7 @@ from onnxgbp.emit import Emit
 __all__ = ["ACTIVATIONS", "Activation", "Derivative", "backward"]
 
 Arguments: TypeAlias = Mapping[str, Any]
-Derivative: TypeAlias = Callable[[Emit, ir.Value, ir.Value, Arguments], ir.Value]
+Derivative: TypeAlias = Callable[[Emit, ir.Value, ir.Value, Arguments], ir.Value | tuple[ir.Value, ir.Value]]
 
 SELU_ALPHA, SELU_GAMMA = 1.67326319217681884765625, 1.05070102214813232421875  # the standard's defaults
 
@@ -45,6 +46,9 @@ class Activation:
 def backward(op: Emit, activation: Activation, dy: ir.Value) -> ir.Value:
     """Dx = dy * f'(x), the plain step."""
     derivative = ACTIVATIONS[activation.kind](op, activation.x, activation.y, activation.arguments)
+    if isinstance(derivative, tuple):
+        inside, factor = derivative
+        return op.Where(inside, op.Mul(dy, factor), op.like(0, dy))
     if derivative.dtype == ir.DataType.BOOL:
         return op.Where(derivative, dy, op.like(0, dy))
     return op.Mul(dy, derivative)
@@ -107,18 +111,17 @@ def _softplus(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
 
 
 def _softsign(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
-    rest = op.Sub(op.like(1, x), op.Abs(y))  # 1 / (1 + |x|) = 1 - |y|
+    rest = op.Reciprocal(op.Add(op.Abs(x), 1))  # also 1 - |y|, of which large x leave no digit
     return op.Mul(rest, rest)
 
 
-def _hard_sigmoid(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
-    inside = op.And(op.Greater(y, 0), op.Less(y, 1))
-    return op.Where(inside, op.like(a["alpha"], x), op.like(0, x))
+def _hard_sigmoid(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> tuple[ir.Value, ir.Value]:
+    return op.And(op.Greater(y, 0), op.Less(y, 1)), op.like(a["alpha"], x)
 
 
-def _hard_swish(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
+def _hard_swish(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> tuple[ir.Value, ir.Value]:
     slope = op.Add(op.Mul(x, 1 / 3), 0.5)
-    return op.Where(op.Greater(x, -3.0), op.Where(op.Less(x, 3.0), slope, op.like(1, x)), op.like(0, x))
+    return op.Greater(x, -3.0), op.Where(op.Less(x, 3.0), slope, op.like(1, x))
 
 
 def _gelu(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
@@ -129,12 +132,15 @@ def _gelu(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
 
 
 def _gelu_tanh(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
-    """With u = c (x + 0.044715 x^3) and t = tanh u: (1 + t) / 2 + x (1 - t^2) / 2 * u'."""
-    c, square = math.sqrt(2 / math.pi), op.Mul(x, x)
-    tanh = op.Tanh(op.Mul(x, op.Add(op.Mul(square, c * 0.044715), c)))
-    inner = op.Mul(x, op.Add(op.Mul(square, 3 * c * 0.044715), c))
-    bell = op.Mul(op.Sub(op.like(1, x), op.Mul(tanh, tanh)), inner)
-    return op.Mul(op.Add(op.Add(tanh, 1), bell), 0.5)
+    """With u = c (x + 0.044715 x^3) and t = tanh u: (1 + t) / 2 + x (1 - t^2) / 2 * u'.
+
+    1 - t^2 comes first in each product: it is 0 long before x^3, which in float16 is infinite from 41 on.
+    """
+    c = math.sqrt(2 / math.pi)
+    tanh = op.Tanh(op.Mul(x, op.Add(op.Mul(op.Mul(x, x), c * 0.044715), c)))
+    first = op.Mul(op.Sub(op.like(1, x), op.Mul(tanh, tanh)), x)
+    cubic = op.Mul(op.Mul(first, x), op.Mul(x, 3 * c * 0.044715))
+    return op.Mul(op.Add(op.Add(tanh, 1), op.Add(op.Mul(first, c), cubic)), 0.5)
 
 
 def _swish(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:

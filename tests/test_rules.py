@@ -178,7 +178,7 @@ def test_prelu(shape: tuple[int, ...], method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["Relu", "Relu6", "Clip", "ThresholdedRelu"])
+@pytest.mark.parametrize("kind", ["Relu", "Relu6", "Clip", "ThresholdedRelu", "HardSigmoid", "HardSwish"])
 def test_nan_and_infinity_stop_at_a_closed_gate(kind: str, method: str) -> None:
     operator, opset, attributes, _ = OPERATORS[kind]
     x = np.array([[-5.0, -5.0, -5.0]], np.float32)
@@ -204,6 +204,69 @@ def test_far_from_zero_nothing_overflows(kind: str, method: str) -> None:
     result = ort_run(converted, {"x": x, "seed": np.ones_like(x)})["attribution"]
     assert np.isfinite(result).all()
     assert (np.abs(result) <= 2).all()
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_far_from_zero_in_float16(kind: str) -> None:
+    """There x^2 is infinite from 256 on, x^3 from 41 on: the slope is what it is in float64."""
+    operator, opset, attributes, slope = OPERATORS[kind]
+    x = np.array([[41, -41, 90, -90, 300, -300, 6e4, -6e4]], np.float16)
+    model = small_model(
+        [node(operator, ["x"], ["y"], **attributes)], {"x": [1, 8]}, opset=opset, dtype=TensorProto.FLOAT16
+    )
+    got = attribution(model, x, np.ones_like(x), method="gradient")
+    assert got.dtype == np.float16
+    assert np.allclose(got, [[slope(float(value)) for value in x[0]]], rtol=5e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e6])
+def test_a_softsign_keeps_its_digits(scale: float) -> None:
+    x = (np.array([[-3, -0.5, 0.25, 2]]) * scale).astype(np.float32)
+    model = small_model([node("Softsign", ["x"], ["y"])], {"x": [1, 4]})
+    got = attribution(model, x, np.ones_like(x), method="gradient")
+    assert np.allclose(got, 1 / (1 + np.abs(x.astype(float))) ** 2, rtol=1e-5, atol=0)
+
+
+TINY = np.float32(1e-45)  # the smallest subnormal
+
+
+@pytest.mark.parametrize("method", METHODS[:4])
+@pytest.mark.parametrize("kind", ["Relu", "Relu6", "LeakyRelu", "Clip"])
+def test_subnormals_and_neighbours_of_the_bounds(kind: str, method: str) -> None:
+    """In ONNX Runtime's float32: the least x > 0 opens, the bound itself and what lies beyond it are closed."""
+    operator, opset, attributes, slope = OPERATORS[kind]
+    bounds = np.array([-1, 2, 6], np.float32)
+    beside = [np.nextafter(bounds, np.float32(side)) for side in (-np.inf, np.inf)]
+    x = np.concatenate([[TINY, -TINY, 0, -0.0], bounds, *beside]).astype(np.float32)
+    dy = np.array([1, -1, TINY, -TINY, 0, -0.0], np.float32)
+    x, dy = np.tile(x, len(dy))[None], np.repeat(dy, len(x))[None]
+    model = small_model([node(operator, ["x"], ["y"], **attributes)], {"x": list(x.shape)}, opset=opset)
+    slopes = np.vectorize(slope, otypes=[np.float32])(x)
+    want = RULES[method](Point(x, x, slopes, kind in LIKE_RELU), dy)
+    converted = onnxgbp.convert(model, method=method, target="seed", output="y")
+    assert np.array_equal(ort_run(converted, {"x": x, "seed": dy})["attribution"], want)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_visible_where_the_gate_is_open(bad: float) -> None:
+    """A rule hides no overflow of the layers behind it; only what it stops is gone."""
+    model = small_model([node("Relu", ["x"], ["y"])], {"x": [1, 3]})
+    x, dy = np.array([[1, -1, 1]], np.float32), np.array([[bad, bad, 2]], np.float32)
+    for method in ("gradient", "guided", "as-relu"):
+        converted = onnxgbp.convert(model, method=method, target="seed", output="y")
+        got = ort_run(converted, {"x": x, "seed": dy})["attribution"]
+        assert np.array_equal(got, np.array([[bad, 0, 2]], np.float32), equal_nan=True), method
+
+
+def test_rectgrad_passes_no_tie() -> None:
+    """Strictly above the percentile: of equal weights none passes, nor does what ties with the threshold."""
+    model = small_model([node("Relu", ["x"], ["y"])], {"x": [2, 4]})
+    x = np.array([[1, 1, 1, 1], [1, 2, 2, 3]], np.float32)
+    dy = np.ones_like(x)
+    for percentile, want in ((0, [1, 1, 1]), (50, [0, 0, 1]), (99, [0, 0, 1])):
+        got = attribution(model, x, dy, method=f"rectgrad:{percentile}")
+        assert got.tolist() == [[0] * 4, [0, *want]]
+        assert np.array_equal(got, rectgrad(Point(x, x, np.ones_like(x)), dy, percentile))
 
 
 # --- the algebra of the semantics -----------------------------------------------------------------
