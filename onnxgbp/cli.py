@@ -15,7 +15,7 @@ from onnxgbp.lower import PROFILES
 from onnxgbp.model import load
 from onnxgbp.rules import RULES, parse_activations, parse_method, parse_methods, parse_rules
 from onnxgbp.scale import parse_seed_scale
-from onnxgbp.target import SEEDS, parse_class, parse_target, parse_unit
+from onnxgbp.target import SEEDS, parse_channels, parse_class, parse_target, parse_unit
 from onnxgbp.views import REDUCTIONS, VIEWS
 
 __all__ = ["main"]
@@ -86,39 +86,22 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 _model = click.argument("model", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
-_what = _options(
-    click.option(
-        "--method",
-        default="guided",
-        show_default=True,
-        metavar="|".join(RULES),
-        callback=_parsed(parse_method),
-        help="The rule at every activation; rectgrad:95 sets its percentile.",
-    ),
-    click.option(
-        "--output",
-        metavar="TENSOR",
-        help="The tensor, or node, to explain.  [default: the scores before a last softmax]",
-    ),
-    click.option(
-        "--unit",
-        metavar="I,J,...|max",
-        callback=_parsed(parse_unit),
-        help="Of an inner tensor: channel, or channel and position; a slice 3:6 for its sum, max for the strongest.",
-    ),
-    click.option(
-        "--seed",
-        type=click.Choice(SEEDS),
-        default="one",
-        show_default=True,
-        help="What is sent back from the target: 1, or its own activation.",
-    ),
-    click.option(
-        "--wrt",
-        multiple=True,
-        metavar="TENSOR",
-        help="Attribute to this tensor.  [default: the float inputs; the lookup of ids; the floats of pixels]",
-    ),
+_method = click.option(
+    "--method",
+    default="guided",
+    show_default=True,
+    metavar="|".join(RULES),
+    callback=_parsed(parse_method),
+    help="The rule at every activation; rectgrad:95 sets its percentile.",
+)
+_seed = click.option(
+    "--seed",
+    type=click.Choice(SEEDS),
+    default="one",
+    show_default=True,
+    help="What is sent back from the target: 1, or its own activation.",
+)
+_rules = _options(
     click.option(
         "--rule",
         multiple=True,
@@ -134,6 +117,38 @@ _what = _options(
         callback=_checked(parse_activations),
         help="Which activations get the rule.",
     ),
+)
+_what = _options(
+    _method,
+    click.option(
+        "--output",
+        metavar="TENSOR",
+        help="The tensor, or node, to explain.  [default: the scores before a last softmax]",
+    ),
+    click.option(
+        "--unit",
+        metavar="I,J,...|max",
+        callback=_parsed(parse_unit),
+        help="Of an inner tensor: channel, or channel and position; a slice 3:6 for its sum, max for the strongest.",
+    ),
+    _seed,
+    click.option(
+        "--wrt",
+        multiple=True,
+        metavar="TENSOR",
+        help="Attribute to this tensor.  [default: the float inputs; the lookup of ids; the floats of pixels]",
+    ),
+    _rules,
+)
+_prepare = _options(
+    click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option("--size", type=click.IntRange(1), help="Resize the shorter side to this."),
+    click.option("--crop", type=click.IntRange(1), help="Then cut this square out of the centre."),
+    click.option("--mean", metavar="A,B,C", callback=_numbers("mean"), help="Subtract, per channel."),
+    click.option("--std", metavar="A,B,C", callback=_numbers("std"), help="Then divide, per channel."),
+    click.option("--scale", type=float, help="Multiply the pixel values 0 to 255 first."),
+    click.option("--channels", type=click.Choice(["rgb", "bgr"]), help="The order in which the model takes colours."),
+    click.option("--layout", type=click.Choice(["nchw", "nhwc"]), help="The order of the model's axes."),
 )
 _target = click.option(
     "--target",
@@ -212,14 +227,7 @@ def convert(model: Path, out: Path, **options: Any) -> None:
     help="The class to explain, an index or a name.",
 )
 @_seed_scale("auto")
-@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--size", type=click.IntRange(1), help="Resize the shorter side to this.")
-@click.option("--crop", type=click.IntRange(1), help="Then cut this square out of the centre.")
-@click.option("--mean", metavar="A,B,C", callback=_numbers("mean"), help="Subtract, per channel.")
-@click.option("--std", metavar="A,B,C", callback=_numbers("std"), help="Then divide, per channel.")
-@click.option("--scale", type=float, help="Multiply the pixel values 0 to 255 first.")
-@click.option("--channels", type=click.Choice(["rgb", "bgr"]), help="The order in which the model takes colours.")
-@click.option("--layout", type=click.Choice(["nchw", "nhwc"]), help="The order of the model's axes.")
+@_prepare
 def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Explains photos: pictures, arrays and a manifest in a folder.
 
@@ -239,6 +247,38 @@ def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     failed = explain_images(paths, out, echo=click.echo, **options)
     if failed:
         raise click.ClickException(f"{len(failed)} of the images could not be explained; the others are done")
+
+
+@main.command()
+@_model
+@click.option("--layer", required=True, metavar="TENSOR", help="The feature map [N, C, H, W], by tensor or node name.")
+@click.option(
+    "--channel",
+    multiple=True,
+    required=True,
+    metavar="C|strongest:K",
+    callback=_parsed(parse_channels),
+    help="A channel; may be given again. strongest:16 for the 16 whose best images excite them most.",
+)
+@click.option("--images", required=True, type=click.Path(path_type=Path), help="The folder of photos to look through.")
+@click.option("--top", type=click.IntRange(1), default=9, show_default=True, help="How many images of each channel.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder for what is written.")
+@click.option("--whole", is_flag=True, help="Send back the channel's whole map, not the strongest unit alone.")
+@_method
+@_seed
+@_rules
+@_prepare
+def neurons(model: Path, out: Path, **options: Any) -> None:
+    """Pictures channels of a feature map: the images that excite them most, and what in these does.
+
+    On the left of a channel's picture are reconstructions from its strongest unit, each scaled to its own contrast, on
+    the right the parts of the photos that this unit sees.
+    """
+    from onnxgbp.neurons import picture_neurons  # Pillow and onnxruntime: only here
+
+    failed = picture_neurons(model, out, echo=click.echo, complain=lambda line: click.echo(line, err=True), **options)
+    if failed:
+        raise click.ClickException(f"{len(failed)} of the images could not be used; the others are done")
 
 
 @main.command()

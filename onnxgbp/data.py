@@ -35,7 +35,7 @@ def batches(
     inputs: Sequence[InputSpec],
     metadata: Mapping[str, str],
     *,
-    size: int = 8,
+    batch: int = 8,
     limit: int | None = None,
     on_error: Callable[[str], Any] | None = None,
     **preprocessing: Any,
@@ -45,9 +45,9 @@ def batches(
     Args:
         path: a folder of photos or one photo, for a model of one image input; a .npy with the samples along axis 0, for
             a model of one input; or a .npz with an array for each input.
-        inputs: what the model takes; where it fixes the batch, `size` follows.
+        inputs: what the model takes; where it fixes the batch, `batch` follows.
         metadata: the model's, which says how a photo is prepared.
-        size: samples in a batch. Photos of different sizes never share one.
+        batch: samples in one. Photos of different sizes never share one.
         limit: read no more samples than this.
         on_error: is told of a photo that cannot be read, which is then left out; without it the error is raised.
         **preprocessing: overrides, as for `Preprocessing.of`.
@@ -57,17 +57,17 @@ def batches(
     """
     path = Path(path)
     fixed = inputs[0].shape[0] if inputs and inputs[0].shape else None
-    size = fixed if isinstance(fixed, int) else size
+    size = fixed if isinstance(fixed, int) else batch
     samples = _arrays(path, inputs) if path.suffix.lower() in (".npy", ".npz") else None
     if samples is None:
         if len(inputs) != 1:
             raise OnnxgbpError(f"the model takes {len(inputs)} inputs: give them as arrays in a .npz file")
         samples = _photos(path, inputs[0], Preprocessing.of(metadata, inputs[0], **preprocessing), on_error)
     found = False
-    for batch in _grouped(samples, size, limit):
+    for group in _grouped(samples, size, limit):
         found = True
-        names = tuple(name for name, _ in batch)
-        filled = [sample for _, sample in batch]
+        names = tuple(name for name, _ in group)
+        filled = [sample for _, sample in group]
         filled += [filled[-1]] * (size - len(filled) if isinstance(fixed, int) else 0)
         yield Batch(names, {name: np.stack([sample[name] for sample in filled]) for name in filled[0]})
     if not found:

@@ -24,7 +24,7 @@ from onnxgbp.model import METADATA
 from onnxgbp.render import PERCENTILE, overlay, signed_picture
 from onnxgbp.runtime import Explainer, Explanation
 
-__all__ = ["DEFAULT_MODEL", "explain_images"]
+__all__ = ["DEFAULT_MODEL", "MANIFEST", "explain_images", "json_numbers", "make_folder", "shown"]
 
 
 class _Say(Protocol):
@@ -101,7 +101,7 @@ def explain_images(
     prepared = Preprocessing.of(explainer.metadata, explainer.inputs[0], **preprocessing)
     explainer.check_target(target)
     labels = labels_of(explainer.metadata)
-    _make_folder(out, images)
+    make_folder(out, images)
 
     echo(_headline(explainer))
     echo(f"input: {prepared}")
@@ -146,7 +146,7 @@ def explain_images(
         "percentile": PERCENTILE,
         "images": entries,
     }
-    text = json.dumps(_json_numbers(manifest), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(json_numbers(manifest), indent=2, ensure_ascii=False, allow_nan=False)
     write(out / MANIFEST, (text + "\n").encode())
     return failed
 
@@ -170,7 +170,7 @@ def _model_and_images(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
     return model, images
 
 
-def _make_folder(out: Path, images: Sequence[Path]) -> None:
+def make_folder(out: Path, images: Sequence[Path]) -> None:
     """The folder, and nothing of an earlier run in it: its manifest would say that this one is complete.
 
     What that manifest lists goes with it, or pictures would stay that no manifest names; not so an image to explain.
@@ -285,10 +285,10 @@ def _headline(explainer: Explainer) -> str:
     rules = [rule for rule in json.loads(said["rules"]) if rule != f"*={said['method']}"]
     mixed = f", with {', '.join(rules)}" if rules else ""
     what = f"{said['method']}{mixed} of '{said['explained']}'{unit}"
-    return f"{_shown(explainer.name)}: {what} on {explainer.provider}{behind}"
+    return f"{shown(explainer.name)}: {what} on {explainer.provider}{behind}"
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A path as short as it can be from here."""
     path = Path(name)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
@@ -305,10 +305,10 @@ def _lines(path: Path, entry: dict[str, Any]) -> Iterator[str]:
         yield f"  warning: {entry['warning']}"
 
 
-def _json_numbers(value: Any) -> Any:
+def json_numbers(value: Any) -> Any:
     """JSON has no NaN and no infinity: null stands for them."""
     if isinstance(value, dict):
-        return {key: _json_numbers(inner) for key, inner in value.items()}
+        return {key: json_numbers(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_numbers(inner) for inner in value]
+        return [json_numbers(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -140,7 +140,11 @@ class Preprocessing:
         return ", ".join([*parts, self.layout])
 
 
-_OURS = (".attribution.png", ".overlay.png")  # what `explain` writes, perhaps into the folder of its photos
+_OURS = (
+    ".attribution.png",
+    ".overlay.png",
+    ".neurons.png",
+)  # what our commands write, perhaps into the folder of its photos
 
 
 def photos_in(folder: Path) -> list[Path]:

@@ -31,7 +31,7 @@ from onnxgbp.rules import listed, parse_methods, parse_rules
 from onnxgbp.scale import Census, computes_in_float16, fit, lost, parse_seed_scale, start
 from onnxgbp.target import classes_of, parse_unit, unit_text
 
-__all__ = ["Explainer", "Explanation", "InputSpec"]
+__all__ = ["Explainer", "Explanation", "InputSpec", "open_session", "provider_of"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Target: TypeAlias = "int | str | Sequence[int | str] | Sequence[Sequence[int | str]] | npt.NDArray[Any] | None"
@@ -188,8 +188,8 @@ class Explainer:
         self._batch_dim = dims[0] if dims else None
         self.metadata = {entry.key: entry.value for entry in proto.metadata_props}
         """The metadata of the model that runs: the source's, and what `convert` adds under `onnxgbp.`."""
-        self._session = _session(proto, source, provider, threads)
-        self.provider = "cuda" if self._session.get_providers()[0] == _CUDA else "cpu"
+        self._session = open_session(proto, source, provider, threads)
+        self.provider = provider_of(self._session)
         """Where it runs: cpu or cuda."""
         self._read_interface(proto)
 
@@ -608,7 +608,13 @@ def _runtime() -> Any:
         ) from None
 
 
-def _session(proto: onnx.ModelProto, source: Source, provider: str, threads: int | None) -> Any:
+def open_session(proto: onnx.ModelProto, source: Source, provider: str, threads: int | None = None) -> Any:
+    """A session for a model that was made of `source`, next to whose file its external data lie.
+
+    Raises:
+        OnnxgbpError: no ONNX Runtime or two of them are installed, CUDA was asked for and does not work, or the runtime
+            cannot load the model.
+    """
     runtime = _runtime()
     try:
         data = proto.SerializeToString(deterministic=True)
@@ -636,6 +642,11 @@ def _session(proto: onnx.ModelProto, source: Source, provider: str, threads: int
         return runtime.InferenceSession(data, options, providers=[_CPU])
     except Exception as error:  # noqa: BLE001 - as above
         raise OnnxgbpError(f"ONNX Runtime {runtime.__version__} cannot load {source.name}: {_short(error)}") from None
+
+
+def provider_of(session: Any) -> str:
+    """Where it runs: cpu or cuda."""
+    return "cuda" if session.get_providers()[0] == _CUDA else "cpu"
 
 
 def _cuda_session(runtime: Any, data: bytes, options: Any, source: Source) -> tuple[Any, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import operator
 import re
 from collections.abc import Collection, Sequence
@@ -20,6 +21,7 @@ from onnxgbp.vjps.classic import find_scores
 
 __all__ = [
     "SEEDS",
+    "Channels",
     "Explained",
     "Seed",
     "Unit",
@@ -27,6 +29,7 @@ __all__ = [
     "explained_tensor",
     "find_tensor",
     "make_seed",
+    "parse_channels",
     "parse_class",
     "parse_seed",
     "parse_target",
@@ -38,6 +41,7 @@ __all__ = [
 
 Unit: TypeAlias = "tuple[int | slice | str, ...]"
 SEEDS = ("one", "activation")
+_SHOWN = 5
 
 _SQUASHING = frozenset({"Softmax", "LogSoftmax", "Sigmoid"})
 _CARRIES_SCORES = frozenset(
@@ -126,6 +130,34 @@ def parse_class(target: str | int) -> str | int | None:
     return None if parsed == "argmax" else parsed
 
 
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """Those named, and how many of the strongest besides."""
+
+    named: tuple[int, ...]
+    strongest: int = 0
+
+
+def parse_channels(given: Sequence[int | str]) -> Channels:
+    """Indices, and `strongest:16` for the 16 strongest.
+
+    Raises:
+        OnnxgbpError: anything else, or nothing at all.
+    """
+    named, strongest = list[int](), 0
+    for one in given:
+        match = re.fullmatch(r"(strongest:(?=0*[1-9]))?(\d+)", str(one).strip())
+        if match is None:
+            raise OnnxgbpError(f"channel '{one}' is neither an index such as 3 nor, say, strongest:16")
+        if match[1]:
+            strongest = max(strongest, int(match[2]))
+        else:
+            named.append(int(match[2]))
+    if not named and not strongest:
+        raise OnnxgbpError("no channel given: name some, or strongest:16 for the 16 strongest")
+    return Channels(tuple(dict.fromkeys(named)), strongest)
+
+
 def parse_unit(unit: Any) -> Unit | None:
     """Which part of an inner tensor is explained, along the axes behind the batch.
 
@@ -198,8 +230,11 @@ def find_tensor(graph: ir.Graph, name: str, option: str) -> ir.Value:
     if name in graph.initializers and name not in values:
         raise OnnxgbpError(f"{option}: '{name}' is a weight of the model; name an input or an inner tensor")
     if name not in values:
-        ends, which = (graph.outputs, "outputs") if option == "--output" else (graph.inputs, "inputs")
-        raise OnnxgbpError(f"{option}: the model has no tensor '{name}'; its {which} are {_names(ends)}")
+        ends, which = (graph.inputs, "inputs") if option == "--wrt" else (graph.outputs, "outputs")
+        near = difflib.get_close_matches(name, values, n=_SHOWN)
+        near += [other for other in values if name.casefold() in other.casefold() and other not in near]
+        there = f"there is {', '.join(map(repr, near[:_SHOWN]))}" if near else f"its {which} are {_names(ends)}"
+        raise OnnxgbpError(f"{option}: the model has no tensor '{name}'; {there}")
     if not is_float(values[name]):
         raise OnnxgbpError(f"{option}: tensor '{name}' is not of a float type, so it has no gradient")
     return values[name]

@@ -118,7 +118,7 @@ def photos(folder: Path, *sizes: tuple[int, int]) -> Path:
 
 def test_a_folder_of_photos(tmp_path: Path) -> None:
     folder = photos(tmp_path / "p", (8, 8), (16, 12), (9, 30))
-    made = list(batches(folder, [FREE], {}, size=2))
+    made = list(batches(folder, [FREE], {}, batch=2))
     assert [len(batch.names) for batch in made] == [2, 1]
     assert [Path(name).name for batch in made for name in batch.names] == ["0.png", "1.png", "2.png"]
     arrays = np.concatenate([batch.feeds["x"] for batch in made])
@@ -135,7 +135,7 @@ def test_photos_of_different_sizes_share_no_batch(tmp_path: Path) -> None:
 def test_a_fixed_batch_is_filled_up(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", X)
     spec = InputSpec("x", np.dtype(np.float32), (8, 5))
-    made = list(batches(tmp_path / "x.npy", [spec], {}, size=3))
+    made = list(batches(tmp_path / "x.npy", [spec], {}, batch=3))
     assert [(len(batch.names), len(batch.feeds["x"])) for batch in made] == [(8, 8), (8, 8), (4, 8)]
     assert np.array_equal(np.concatenate([b.feeds["x"][: len(b.names)] for b in made]), X)
 
@@ -155,7 +155,7 @@ def test_several_inputs_come_from_an_npz(tmp_path: Path) -> None:
     specs = [InputSpec("a", np.dtype(np.float32), ("N", 5)), InputSpec("b", np.dtype(np.int64), ("N",))]
     ids: Array = np.arange(20)
     np.savez(tmp_path / "x.npz", a=X, b=ids, c=X)
-    (batch,) = batches(tmp_path / "x.npz", specs, {}, size=32)
+    (batch,) = batches(tmp_path / "x.npz", specs, {}, batch=32)
     assert np.array_equal(batch.feeds["b"], ids)
     assert set(batch.feeds) == {"a", "b"}
     np.savez(tmp_path / "y.npz", a=X)
