@@ -26,13 +26,14 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.shapes import infer_shapes
 from onnxgbp.step import Step, label
 from onnxgbp.vjps import FAMILIES
-from onnxgbp.window import window
+from onnxgbp.window import Window, window
 
 __all__ = ["Field", "FieldFinder", "Span"]
 
 Span: TypeAlias = "tuple[int, int] | None"
 """The first and the last index along an axis; None for all of it."""
 Spans: TypeAlias = tuple[Span, ...]
+Indices: TypeAlias = "npt.NDArray[np.int64]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,10 @@ class FieldFinder:
         self._active = {self._image} | {value for node in self._path for value in node.outputs}
 
     def __call__(self, place: Spans) -> Field:
-        """The field of all units within `place`, one span for each axis of the tensor."""
+        """The field of all units within `place`, one span for each axis of the tensor.
+
+        It is everything where a unit sees nothing at all, such as one of a transposed convolution's padding.
+        """
         lost = ""
         fields = {self._layer: _cut(place, dims_of(self._layer) or ())}
         for node in reversed(self._path):
@@ -77,11 +81,10 @@ class FieldFinder:
                 for x in dict.fromkeys(x for x in node.inputs if x is not None and x in self._active):
                     dims = dims_of(x) or ()
                     spans = self._traced(node, x, y, fields[y])
-                    if spans is None or len(spans) != len(dims):
+                    if spans is None or len(spans) not in (0, len(dims)):
                         lost, spans = label(node), (None,) * len(dims)
-                    elif not (spans := _cut(spans, dims)):
-                        continue
-                    fields[x] = _hull(fields[x], spans) if x in fields else spans
+                    if spans := _cut(spans, dims):
+                        fields[x] = _cut(_hull(fields.get(x, spans), spans), dims)
         return Field(fields.get(self._image, (None,) * len(dims_of(self._image) or ())), lost)
 
     def _traced(self, node: ir.Node, x: ir.Value, y: ir.Value, spans: Spans) -> Spans | None:
@@ -104,9 +107,7 @@ class FieldFinder:
 def _cut(spans: Spans, dims: Sequence[int | str | None]) -> Spans:
     """Within the tensor, None where that is all of it; () where nothing of it is left."""
     cut: list[Span] = []
-    if not spans:
-        return ()
-    for span, size in zip(spans, dims, strict=True):
+    for span, size in zip(spans, dims if spans else (), strict=True):
         if span is None or not isinstance(size, int):
             cut.append(span)
             continue
@@ -147,23 +148,16 @@ def _broadcast(x: ir.Value, spans: Spans) -> Spans:
     return tuple(None if size == 1 else span for span, size in _behind(x, spans))
 
 
-def _ends(span: Span, size: int | str | None) -> Span:
-    """The span in numbers where they are known."""
-    return (0, size - 1) if span is None and isinstance(size, int) else span
-
-
 def _windows(step: Step, x: ir.Value, y: ir.Value, spans: Spans, mixed: bool) -> Spans | None:
+    """Convolutions and pools; a dilated window at a border may begin far inside."""
     if x is not step.x or y is not step.y:
         return None
     frame = window(step, dims_of(step.input(1)) if step.node.op_type == "Conv" else None)
-    if frame.pads is None:
-        return None
-    places: list[Span] = []
-    for axis in range(frame.rank):
-        span = _ends(spans[2 + axis], frame.out[axis])
-        stride, begin = frame.strides[axis], frame.pads[axis]
-        places.append(span and (span[0] * stride - begin, span[1] * stride - begin + frame.reach[axis] - 1))
-    return (spans[0], None if mixed else spans[1], *places)
+
+    def reached(axis: int, places: Indices, begin: int) -> Indices:
+        return places * frame.strides[axis] - begin + np.arange(frame.kernel[axis]) * frame.dilations[axis]
+
+    return _reached(frame, (spans[0], None if mixed else spans[1]), spans[2:], reached)
 
 
 def _transposed_windows(step: Step, x: ir.Value, y: ir.Value, spans: Spans) -> Spans | None:
@@ -171,14 +165,30 @@ def _transposed_windows(step: Step, x: ir.Value, y: ir.Value, spans: Spans) -> S
     if x is not step.x:
         return None
     frame = window(step, dims_of(step.input(1)), transposed=True)
-    if frame.pads is None:
-        return None
-    places: list[Span] = []
-    for axis in range(frame.rank):
-        span, stride, begin = spans[2 + axis], frame.strides[axis], frame.pads[axis]
-        first = None if span is None else -((frame.reach[axis] - 1 - begin - span[0]) // stride)
-        places.append(None if span is None or first is None else (first, (span[1] + begin) // stride))
-    return (spans[0], None, *places)
+
+    def reached(axis: int, places: Indices, begin: int) -> Indices:
+        starts = places + begin - np.arange(frame.kernel[axis]) * frame.dilations[axis]
+        starts = starts[starts % frame.strides[axis] == 0]
+        return starts // frame.strides[axis]
+
+    return _reached(frame, (spans[0], None), spans[2:], reached)
+
+
+def _reached(
+    frame: Window, front: Spans, places: Spans, reached: Callable[[int, Indices, int], Indices]
+) -> Spans | None:
+    """From the first to the last element of x that windows reach, along each spatial axis."""
+    spans = list(front)
+    for axis, (span, size, out) in enumerate(zip(places, frame.size, frame.out, strict=True)):
+        if frame.pads is None or not isinstance(size, int) or not isinstance(out, int):
+            return None
+        first, last = span or (0, out - 1)
+        seen = reached(axis, np.arange(first, last + 1)[:, np.newaxis], frame.pads[axis])
+        seen = seen[(seen >= 0) & (seen < size)]
+        if not seen.size:
+            return ()
+        spans.append((int(seen.min()), int(seen.max())))
+    return tuple(spans)
 
 
 def _over_all_places(step: Step, x: ir.Value, y: ir.Value, spans: Spans) -> Spans:
@@ -217,7 +227,8 @@ def _split(step: Step, x: ir.Value, y: ir.Value, spans: Spans) -> Spans | None:
     axis = int(step.argument("axis") or 0) % len(spans)
     sizes = [(dims_of(value) or ())[axis] for value in step.node.outputs]
     before = sizes[: step.node.outputs.index(y)]
-    span = _ends(spans[axis], sizes[len(before)])
+    size = sizes[len(before)]
+    span = (0, size - 1) if spans[axis] is None and isinstance(size, int) else spans[axis]
     if span is None or not all(isinstance(size, int) for size in before):
         return None
     offset = sum(size for size in before if isinstance(size, int))
@@ -321,7 +332,6 @@ def _reduced(step: Step, x: ir.Value, y: ir.Value, spans: Spans) -> Spans | None
     return tuple(None if axis in axes else next(kept) for axis in range(rank))
 
 
-Indices: TypeAlias = "npt.NDArray[np.int64]"
 _Trace: TypeAlias = Callable[[Step, ir.Value, ir.Value, Spans], Spans | None]
 
 # operator -> what of its input x the part `spans` of its output y is computed from.

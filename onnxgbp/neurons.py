@@ -137,31 +137,23 @@ def picture_neurons(
         listed = ", ".join(map(str, chosen))
         raise OnnxgbpError(f"none of the {len(names)} images excites channel {listed} of '{part.name}'")
 
-    rows, lost, finders = list[dict[str, Any]](), "", dict[tuple[int, ...], FieldFinder]()
+    tiles = _Tiles(source, part, prepared, forward, backward)
+    rows, lost = list[dict[str, Any]](), ""
     for index in chosen:
-        tiles, entries = list[_Tile](), list[dict[str, Any]]()
-        for number, hit in enumerate(best.hits(index), start=1):
-            photo = read(Path(names[hit.image]))
-            x = prepared.prepare(photo)[np.newaxis].astype(part.image.dtype)
-            maps = forward.maps(x)
-            row, column = divmod(hit.place, maps.shape[-1])
-            if x.shape not in finders:
-                finders[x.shape] = FieldFinder(source.model, part.image.name, x.shape, part.name)
-            field = finders[x.shape]((None, None, (row, row), (column, column)))
-            lost = lost or field.lost
-            tile = _tile(backward(x, maps, index, row, column), field.spans, prepared, prepared.cropped(photo))
-            tiles.append(tile)
+        made = [tiles(Path(names[hit.image]), index, hit) for hit in best.hits(index)]
+        rows.append({"channel": index, "excited_by": int(best.excited[index]), "picture": None, "top": []})
+        if made:
+            rows[-1]["picture"] = f"channel-{index}.neurons.png"
+            with output_file(out / rows[-1]["picture"]) as aside:
+                _sheet(made).save(aside, "PNG")
+        for number, (hit, tile) in enumerate(zip(best.hits(index), made, strict=True), start=1):
             array = f"channel-{index}.{number}.npy"
             with output_file(out / array) as aside, aside.open("wb") as stream:
                 np.save(stream, tile.attribution, allow_pickle=False)
-            entry = {"file": names[hit.image], "activation": hit.activation, "position": [row, column]}
+            entry = {"file": names[hit.image], "activation": hit.activation, "position": list(tile.position)}
             entry |= {"box": list(tile.box), "array": array, "clip": tile.picture.clip}
-            entries.append(entry | {"warning": tile.picture.warning or None})
-        picture = f"channel-{index}.neurons.png" if tiles else None
-        if picture is not None:
-            with output_file(out / picture) as aside:
-                _sheet(tiles).save(aside, "PNG")
-        rows.append({"channel": index, "excited_by": int(best.excited[index]), "picture": picture, "top": entries})
+            rows[-1]["top"].append(entry | {"warning": tile.picture.warning or None})
+            lost = lost or tile.lost
         for line in _lines(rows[-1], len(names)):
             echo(line)
     if lost:
@@ -370,23 +362,48 @@ class _Best:
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """attribution: within the field; box: left, top, right and bottom in the picture that the model sees."""
+    """What one unit sees of one image.
+
+    attribution: within the field; box: left, top, right and bottom in the picture that the model sees, of that `size`;
+    position: of the unit in its map; lost: the node past which no field is known.
+    """
 
     attribution: Array
     picture: Picture
     crop: Image.Image
     box: tuple[int, int, int, int]
-    size: tuple[int, int]  # of the picture
+    size: tuple[int, int]
+    position: tuple[int, int]
+    lost: str
 
 
-def _tile(attribution: Array, spans: Spans, prepared: Preprocessing, photo: Image.Image) -> _Tile:
-    sides = zip(_places(spans, prepared.layout), (photo.height, photo.width), strict=True)
-    (top, bottom), (left, right) = ((0, size) if span is None else (span[0], span[1] + 1) for span, size in sides)
-    rows, columns = slice(top, bottom), slice(left, right)
-    inside = attribution[:, rows, columns] if prepared.layout == "nchw" else attribution[rows, columns]
-    picture = signed_picture(inside, layout=prepared.layout, channels=prepared.channels)
-    box = (left, top, right, bottom)
-    return _Tile(inside, picture, photo.crop(box), box, photo.size)
+class _Tiles:
+    """Makes the tile of a hit."""
+
+    def __init__(
+        self, source: Source, part: _Layer, prepared: Preprocessing, forward: _Forward, backward: _Backward
+    ) -> None:
+        self._source, self._part, self._prepared = source, part, prepared
+        self._forward, self._backward = forward, backward
+        self._finders: dict[tuple[int, ...], FieldFinder] = {}
+
+    def __call__(self, path: Path, channel: int, hit: _Hit) -> _Tile:
+        layout, image = self._prepared.layout, read(path)
+        photo, x = self._prepared.cropped(image), self._prepared.prepare(image)[np.newaxis]
+        x = x.astype(self._part.image.dtype)
+        maps = self._forward.maps(x)
+        row, column = divmod(hit.place, maps.shape[-1])
+        if x.shape not in self._finders:
+            self._finders[x.shape] = FieldFinder(self._source.model, self._part.image.name, x.shape, self._part.name)
+        field = self._finders[x.shape]((None, None, (row, row), (column, column)))
+        sides = zip(_places(field.spans, layout), (photo.height, photo.width), strict=True)
+        (top, bottom), (left, right) = ((0, size) if span is None else (span[0], span[1] + 1) for span, size in sides)
+        rows, columns = slice(top, bottom), slice(left, right)
+        whole = self._backward(x, maps, channel, row, column)
+        attribution = whole[:, rows, columns] if layout == "nchw" else whole[rows, columns]
+        picture = signed_picture(attribution, layout=layout, channels=self._prepared.channels)
+        box = (left, top, right, bottom)
+        return _Tile(attribution, picture, photo.crop(box), box, photo.size, (row, column), field.lost)
 
 
 def _sheet(tiles: Sequence[_Tile]) -> Image.Image:
