@@ -85,7 +85,8 @@ class FieldFinder:
                         lost, spans = label(node), (None,) * len(dims)
                     if spans := _cut(spans, dims):
                         fields[x] = _cut(_hull(fields.get(x, spans), spans), dims)
-        return Field(fields.get(self._image, (None,) * len(dims_of(self._image) or ())), lost)
+        everything: Spans = (None,) * len(dims_of(self._image) or ())
+        return Field(everything if lost else fields.get(self._image, everything), lost)
 
     def _traced(self, node: ir.Node, x: ir.Value, y: ir.Value, spans: Spans) -> Spans | None:
         """What of x the part `spans` of y is computed from, not yet cut; () for nothing, None where it is not known."""
@@ -166,12 +167,12 @@ def _transposed_windows(step: Step, x: ir.Value, y: ir.Value, spans: Spans) -> S
         return None
     frame = window(step, dims_of(step.input(1)), transposed=True)
 
-    def reached(axis: int, places: Indices, begin: int) -> Indices:
+    def begun(axis: int, places: Indices, begin: int) -> Indices:
         starts = places + begin - np.arange(frame.kernel[axis]) * frame.dilations[axis]
-        starts = starts[starts % frame.strides[axis] == 0]
-        return starts // frame.strides[axis]
+        reached: Indices = starts[starts % frame.strides[axis] == 0] // frame.strides[axis]
+        return reached
 
-    return _reached(frame, (spans[0], None), spans[2:], reached)
+    return _reached(frame, (spans[0], None), spans[2:], begun)
 
 
 def _reached(

@@ -91,8 +91,9 @@ NETS: dict[str, onnx.ModelProto] = {
         W=(4, 6, 3, 3),
     ),
     "backwards": net(
-        "s = Constant <value_ints = [-1]> ()  e = Constant <value_ints = [-1000]> ()  m = Constant <value_ints = [-1]> ()"
-        "  h = Constant <value_ints = [2]> ()  a = Slice(x, s, e, h, m)  y = Conv (a, W)",
+        "s = Constant <value_ints = [-1]> ()  e = Constant <value_ints = [-1000]> ()"
+        "  m = Constant <value_ints = [-1]> ()  h = Constant <value_ints = [2]> ()  a = Slice(x, s, e, h, m)"
+        "  y = Conv (a, W)",
         W=(4, 3, 3, 3),
     ),
     "reflected edges": net(
@@ -111,8 +112,8 @@ NETS: dict[str, onnx.ModelProto] = {
         V=(4, 3, 4, 5),
     ),
     "channels last, mixed by MatMul": net(
-        "a = Transpose <perm = [0, 2, 3, 1]> (x)  b = MatMul(a, W)  c = Gelu(b)  d = Transpose <perm = [0, 3, 1, 2]> (c)"
-        "  y = Conv (d, V)",
+        "a = Transpose <perm = [0, 2, 3, 1]> (x)  b = MatMul(a, W)  c = Gelu(b)"
+        "  d = Transpose <perm = [0, 3, 1, 2]> (c)  y = Conv (d, V)",
         opset=20,
         W=(3, 4),
         V=(2, 4, 3, 2),
@@ -161,7 +162,8 @@ def test_gates_and_statistics_have_no_place() -> None:
 
 def test_all_of_the_picture_where_nothing_is_known() -> None:
     model = net(
-        "a = Conv (x, W)  s = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()  big = Resize(a, , s)  y = Conv (big, V)",
+        "a = Conv (x, W)  s = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()  big = Resize(a, , s)"
+        "  y = Conv (big, V)",
         W=(4, 3, 3, 3),
         V=(4, 4, 3, 3),
     )

