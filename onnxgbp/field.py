@@ -202,19 +202,20 @@ def _transpose(step: Step, x: ir.Value, y: ir.Value, spans: Spans) -> Spans:
 
 
 def _reshape(step: Step, x: ir.Value, y: ir.Value, spans: Spans) -> Spans | None:
-    """Axes that stay what they are, before and behind those that are folded or unfolded."""
+    """Axes stay what they are before and behind those that are folded or unfolded; those of size 1 do not count."""
     if x is not step.x:
         return None
-    a, b = dims_of(x) or (), dims_of(y) or ()
-    shared = range(min(len(a), len(b)))
-    front = next((i for i in shared if a[i] != b[i] or a[i] is None), len(shared))
-    back = next((i for i in shared if a[-1 - i] != b[-1 - i] or a[-1 - i] is None), len(shared))
-    back = min(back, len(shared) - front)
-    folded = spans[front : len(b) - back]
-    middle = len(a) - front - back
-    if middle and any(span is not None for span in folded):
+    a, b = ([(i, dim) for i, dim in enumerate(dims_of(value) or ()) if dim != 1] for value in (x, y))
+    same = [one[1] == two[1] is not None for one, two in zip(a, b, strict=False)]
+    front = same.index(False) if False in same else len(same)
+    same = [one[1] == two[1] is not None for one, two in zip(a[front:][::-1], b[front:][::-1], strict=False)]
+    back = same.index(False) if False in same else len(same)
+    if any(spans[i] is not None for i, _ in b[front : len(b) - back]):
         return None
-    return (*spans[:front], *(None,) * middle, *spans[len(b) - back :])
+    traced: list[Span] = [None] * len(dims_of(x) or ())
+    for (i, _), (j, _) in (*zip(a[:front], b[:front], strict=True), *zip(a[::-1][:back], b[::-1][:back], strict=True)):
+        traced[i] = spans[j]
+    return tuple(traced)
 
 
 def _concat(step: Step, x: ir.Value, y: ir.Value, spans: Spans) -> Spans | None:

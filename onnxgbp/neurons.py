@@ -10,10 +10,12 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import click
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -27,7 +29,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explain import MANIFEST, json_numbers, make_folder, shown
 from onnxgbp.field import FieldFinder, Spans
 from onnxgbp.files import output_file, write
-from onnxgbp.images import Preprocessing, read
+from onnxgbp.images import Preprocessing, photos_in, read
 from onnxgbp.lower import prune
 from onnxgbp.model import Source, load, to_proto
 from onnxgbp.render import PERCENTILE, Picture, signed_picture
@@ -116,21 +118,24 @@ def picture_neurons(
     echo(f"input: {prepared}")
     if prepared.assumed:
         echo(f"the model does not say how to prepare an image; assumed {', '.join(prepared.assumed)}")
-    failed, names, best = list[str](), list[str](), _Best(top)
-
-    def on_error(said: str) -> None:
-        failed.append(said)
-        complain(f"Error: {said}")
-
+    best, names, failed = _Best(top), list[str](), list[str]()
     metadata = source.model.metadata_props
-    for batch in batches(images, [part.image], metadata, batch=_BATCH, on_error=on_error, **preprocessing):
-        x = batch.feeds[part.image.name]
-        if not names:
-            part.check_axes(source, x.shape, prepared.layout)
-            make_folder(out)  # found out before the long pass, not after it
-        values, places = forward.strongest(x)
-        best.add(values[: len(batch.names)], places[: len(batch.names)])
-        names += batch.names
+    found = batches(images, [part.image], metadata, batch=_BATCH, on_error=failed.append, **preprocessing)
+    hidden = not sys.stderr.isatty()
+    try:
+        with click.progressbar(length=len(photos_in(images)), label="looking", file=sys.stderr, hidden=hidden) as bar:
+            for batch in found:
+                x = batch.feeds[part.image.name]
+                if not names:
+                    part.check_axes(source, x.shape, prepared.layout)
+                    make_folder(out)  # found out before the long pass, not after it
+                values, places = forward.strongest(x)
+                best.add(values[: len(batch.names)], places[: len(batch.names)])
+                names += batch.names
+                bar.update(len(batch.names))
+    finally:
+        for said in failed:  # not before: it would break the bar
+            complain(f"Error: {said}")
     part.check(channels, len(best.excited))
     chosen = best.choose(channels)
     if not any(best.hits(index) for index in chosen):
