@@ -31,7 +31,7 @@ from onnxgbp.field import FieldFinder, Spans
 from onnxgbp.files import output_file, write
 from onnxgbp.images import Preprocessing, photos_in, read
 from onnxgbp.lower import prune
-from onnxgbp.model import Source, load, to_proto
+from onnxgbp.model import METADATA, Source, load, to_proto
 from onnxgbp.render import PERCENTILE, Picture, signed_picture
 from onnxgbp.runtime import InputSpec, open_session, provider_of
 from onnxgbp.target import Channels, find_tensor, parse_channels, parse_seed
@@ -204,6 +204,8 @@ class _Layer:
     @classmethod
     def of(cls, source: Source, layer: str) -> _Layer:
         graph = source.model.graph
+        if METADATA + "method" in source.model.metadata_props:
+            raise OnnxgbpError(f"{source.name} is already a converted file; give the model that it was made from")
         inputs = [value for value in graph.inputs if not value.is_initializer()]
         if len(inputs) != 1:
             listed = ", ".join(f"'{value.name}'" for value in inputs)

@@ -317,7 +317,7 @@ def test_a_folder_without_photos_and_a_converted_file(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     options = ["--layer", "r", "--channel", 1, "-o", tmp_path / "out"]
     assert "no image in the folder" in run(model, *options, "--images", tmp_path / "none").stderr
-    save(convert(model), tmp_path / "done.onnx")
+    save(convert(model, target="input"), tmp_path / "done.onnx")
     assert "already a converted file" in run(tmp_path / "done.onnx", *options, "--images", folder).stderr
     assert not (tmp_path / "out").exists()
 
