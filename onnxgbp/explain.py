@@ -192,7 +192,8 @@ def make_folder(out: Path, images: Sequence[Path]) -> None:
 def _listed_files(manifest: Path) -> list[str]:
     """The files of its folder that a manifest of ours lists; none where it is not ours."""
     try:
-        entries = json.loads(manifest.read_bytes())["images"]
+        said = json.loads(manifest.read_bytes())
+        entries = said["channels" if "layer" in said else "images"]  # `neurons` writes the one, `explain` the other
         names = [str(name) for entry in entries for name in entry.get("files", {}).values()]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []

@@ -29,7 +29,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explain import MANIFEST, json_numbers, make_folder, shown
 from onnxgbp.field import FieldFinder, Spans
 from onnxgbp.files import output_file, write
-from onnxgbp.images import Preprocessing, photos_in, read
+from onnxgbp.images import Preprocessing, in_type, photos_in, read
 from onnxgbp.lower import prune
 from onnxgbp.model import METADATA, Source, load, to_proto
 from onnxgbp.render import PERCENTILE, Picture, signed_picture
@@ -108,6 +108,7 @@ def picture_neurons(
     prepared = Preprocessing.of(source.model.metadata_props, part.image, **preprocessing)
     if not images.is_dir():
         raise OnnxgbpError(f"cannot read {images}: it is no folder of photos")
+    photos = photos_in(images)
     rules: dict[str, Any] = {"method": method, "rule": [rule] if isinstance(rule, str) else list(rule)}
     options = rules | {"activations": activations, "seed": parse_seed(seed), "whole": whole, "top": top}
     backward = _Backward(source, part, options, provider)  # first: what cannot be differentiated needs no image
@@ -123,12 +124,12 @@ def picture_neurons(
     found = batches(images, [part.image], metadata, batch=_BATCH, on_error=failed.append, **preprocessing)
     hidden = not sys.stderr.isatty()
     try:
-        with click.progressbar(length=len(photos_in(images)), label="looking", file=sys.stderr, hidden=hidden) as bar:
+        with click.progressbar(length=len(photos), label="looking", file=sys.stderr, hidden=hidden) as bar:
             for batch in found:
                 x = batch.feeds[part.image.name]
                 if not names:
                     part.check_axes(source, x.shape, prepared.layout)
-                    make_folder(out)  # found out before the long pass, not after it
+                    make_folder(out, photos)  # found out before the long pass, not after it
                 values, places = forward.strongest(x)
                 best.add(values[: len(batch.names)], places[: len(batch.names)])
                 names += batch.names
@@ -145,20 +146,22 @@ def picture_neurons(
     tiles = _Tiles(source, part, prepared, forward, backward)
     rows, lost = list[dict[str, Any]](), ""
     for index in chosen:
-        made = [tiles(Path(names[hit.image]), index, hit) for hit in best.hits(index)]
-        rows.append({"channel": index, "excited_by": int(best.excited[index]), "picture": None, "top": []})
+        hits = best.hits(index)
+        made = [tiles(Path(names[hit.image]), index, hit) for hit in hits]
+        files, entries = dict[str, str](), list[dict[str, Any]]()
         if made:
-            rows[-1]["picture"] = f"channel-{index}.neurons.png"
-            with output_file(out / rows[-1]["picture"]) as aside:
+            files["picture"] = f"channel-{index}.neurons.png"
+            with output_file(out / files["picture"]) as aside:
                 _sheet(made).save(aside, "PNG")
-        for number, (hit, tile) in enumerate(zip(best.hits(index), made, strict=True), start=1):
-            array = f"channel-{index}.{number}.npy"
-            with output_file(out / array) as aside, aside.open("wb") as stream:
+        for number, (hit, tile) in enumerate(zip(hits, made, strict=True), start=1):
+            files[str(number)] = f"channel-{index}.{number}.npy"
+            with output_file(out / files[str(number)]) as aside, aside.open("wb") as stream:
                 np.save(stream, tile.attribution, allow_pickle=False)
             entry = {"file": names[hit.image], "activation": hit.activation, "position": list(tile.position)}
-            entry |= {"box": list(tile.box), "array": array, "clip": tile.picture.clip}
-            rows[-1]["top"].append(entry | {"warning": tile.picture.warning or None})
+            entry |= {"box": list(tile.box), "array": files[str(number)], "clip": tile.picture.clip}
+            entries.append(entry | {"warning": tile.picture.warning or None})
             lost = lost or tile.lost
+        rows.append({"channel": index, "excited_by": int(best.excited[index]), "top": entries, "files": files})
         for line in _lines(rows[-1], len(names)):
             echo(line)
     if lost:
@@ -304,7 +307,7 @@ class _Backward:
     """From a unit, or from all of a channel's map, back to the image."""
 
     def __init__(self, source: Source, part: _Layer, options: Mapping[str, Any], provider: str) -> None:
-        graph = GradientGraph.build(source, target="seed", output=part.name, wrt=part.image.name)
+        graph = GradientGraph.build(source, target="seed", output=part.name)
         rules = {name: options[name] for name in ("method", "rule", "activations")}
         self._session = _Session(graph.render(**rules), source, part, provider)
         self._image, self._dtype = part.image.name, part.dtype
@@ -396,8 +399,10 @@ class _Tiles:
 
     def __call__(self, path: Path, channel: int, hit: _Hit) -> _Tile:
         layout, image = self._prepared.layout, read(path)
-        photo, x = self._prepared.cropped(image), self._prepared.prepare(image)[np.newaxis]
-        x = x.astype(self._part.image.dtype)
+        photo, x = (
+            self._prepared.cropped(image),
+            in_type(self._prepared.prepare(image), self._part.image.dtype)[np.newaxis],
+        )
         maps = self._forward.maps(x)
         row, column = divmod(hit.place, maps.shape[-1])
         if x.shape not in self._finders:

@@ -277,6 +277,38 @@ def test_pictures_of_an_earlier_run_are_not_looked_at(tmp_path: Path) -> None:
         assert manifest(folder)["images"] == 3
 
 
+def test_what_an_earlier_run_wrote_goes_with_its_manifest(tmp_path: Path) -> None:
+    model, folder, out = network(tmp_path / "m.onnx"), photos(tmp_path / "photos", 3), tmp_path / "out"
+    for channel in (1, 3):
+        assert run(model, "--layer", "r", "--channel", channel, "--images", folder, "-o", out).exit_code == 0
+    assert {path.name for path in out.iterdir()} == {
+        "manifest.json",
+        "channel-3.neurons.png",
+        *(f"channel-3.{number}.npy" for number in (1, 2, 3)),
+    }
+    assert CliRunner().invoke(main, ["explain", str(model), str(folder / "00.png"), "-o", str(out)]).exit_code == 0
+    assert not list(out.glob("channel*"))
+
+
+def test_an_input_of_integers(tmp_path: Path) -> None:
+    model, folder, out = network(tmp_path / "m.onnx"), photos(tmp_path / "photos", 3), tmp_path / "out"
+    proto = onnx.load(model)
+    proto.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+    proto.graph.node[0].input[0] = "floats"
+    proto.graph.node.insert(0, onnx.helper.make_node("Cast", ["picture"], ["floats"], to=onnx.TensorProto.FLOAT))
+    onnx.helper.set_model_props(proto, {"onnxgbp.preprocessing": json.dumps({"size": SIZE, "crop": SIZE})})
+    onnx.save(proto, model)
+    result = run(model, "--layer", "r", "--channel", "strongest:1", "--images", folder, "-o", out)
+    assert result.exit_code == 0, result.output
+    (row,) = manifest(out)["channels"]
+    assert row["excited_by"] == 3
+    for entry in row["top"]:
+        pixels = inputs(model, folder)[[int(Path(entry["file"]).stem)]].astype(np.uint8)
+        (whole,) = Explainer(model, output="r", unit=f"{row['channel']},max")(pixels).attribution
+        left, top, right, bottom = entry["box"]
+        np.testing.assert_allclose(np.load(out / entry["array"]), whole[:, top:bottom, left:right], rtol=1e-4)
+
+
 def test_a_node_names_its_tensor(tmp_path: Path) -> None:
     model, folder = network(tmp_path / "m.onnx"), photos(tmp_path / "photos", 2)
     proto = onnx.load(model)
@@ -299,7 +331,6 @@ def test_a_node_names_its_tensor(tmp_path: Path) -> None:
         (["--channel", "6"], "channel 6 is out of range: 'r' has 6 channels"),
         (["--images", "nowhere"], "cannot read nowhere: it is no folder of photos"),
         (["--crop", "7"], "the crop is 7 x 7"),
-        (["--rule", "x"], "x"),
     ],
 )
 def test_refused_with_one_line_and_nothing_written(tmp_path: Path, arguments: list[str], message: str) -> None:
