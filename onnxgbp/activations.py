@@ -98,6 +98,10 @@ def _thresholded_relu(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Va
     return op.Greater(x, a["alpha"])
 
 
+def _shrink(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
+    return op.Greater(op.Abs(x), a["lambd"])
+
+
 def _sigmoid(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
     return op.Mul(y, op.Sub(op.like(1, y), y))
 
@@ -168,6 +172,7 @@ ACTIVATIONS: dict[str, Derivative] = {
     "Selu": _selu,
     "Celu": _celu,
     "ThresholdedRelu": _thresholded_relu,
+    "Shrink": _shrink,
     "Sigmoid": _sigmoid,
     "Tanh": _tanh,
     "Softplus": _softplus,

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-__all__ = ["FOLDABLE", "SMALL", "constant_value", "evaluate", "is_constant"]
+__all__ = ["FOLDABLE", "SMALL", "constant_value", "evaluate", "is_constant", "uniform_value"]
 
 SMALL = 1 << 16  # elements: what tells a shape, a threshold or one number per channel is never larger
 FOLDABLE = frozenset(
@@ -40,6 +40,26 @@ def constant_value(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
         value.meta["constant"] = _fold(value)
     folded: np.ndarray[Any, Any] | None = value.meta["constant"]
     return folded
+
+
+def uniform_value(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
+    """The one number, of shape [], that a tensor holds everywhere, even if its shape shows only at run time; or None.
+
+    So frameworks write `max(x, zeros_like(x))`.
+    """
+    known = constant_value(value)
+    if known is None and value is not None and is_constant(value):
+        tensor = ir.convenience.get_const_tensor(value)
+        known = tensor.numpy() if tensor is not None else None
+    if known is not None:
+        return known.reshape(-1)[0] if known.size and (known == known.reshape(-1)[0]).all() else None
+    node = value.producer() if value is not None else None
+    if node is None or node.domain != "":
+        return None
+    if node.op_type == "ConstantOfShape":
+        given = node.attributes.get("value")
+        return given.as_tensor().numpy().reshape(()) if given is not None else np.zeros((), np.float32)
+    return uniform_value(node.inputs[0]) if node.op_type in ("Expand", "Identity", "Reshape") else None
 
 
 def _fold(value: ir.Value) -> np.ndarray[Any, Any] | None:

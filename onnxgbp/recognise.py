@@ -19,8 +19,8 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from onnxgbp.activations import ACTIVATIONS, SELU_ALPHA, SELU_GAMMA, Activation
-from onnxgbp.constants import constant_value
-from onnxgbp.emit import is_float
+from onnxgbp.constants import constant_value, uniform_value
+from onnxgbp.emit import dims_of, is_float
 from onnxgbp.quantisation import hidden_relu
 from onnxgbp.step import Step
 
@@ -37,6 +37,7 @@ _ARGUMENTS = {
     "LeakyRelu": ("alpha",),
     "PRelu": (),
     "Selu": ("alpha", "gamma"),
+    "Shrink": ("lambd",),
     "Swish": ("alpha",),
     "ThresholdedRelu": ("alpha",),
 }
@@ -217,7 +218,7 @@ def _group(root: ir.Node, order: dict[ir.Node, int]) -> tuple[Activation, set[ir
 def _entries(root: ir.Node, order: dict[ir.Node, int]) -> Iterator[tuple[ir.Value, set[ir.Node]]]:
     """The tensors that all operands of root come from, nearest first, each with the elementwise nodes between."""
     group: set[ir.Node] = set()
-    frontier = [root.outputs[0]]
+    frontier, whole = [root.outputs[0]], True  # whole: no operand but x and single numbers
     while len(group) < _LONGEST:
         latest = max(frontier, key=lambda value: _index(value, order))
         node = latest.producer()
@@ -231,16 +232,19 @@ def _entries(root: ir.Node, order: dict[ir.Node, int]) -> Iterator[tuple[ir.Valu
             if source is None or source in frontier:
                 continue
             constant = constant_value(source)
-            if constant is None:
-                if source.is_initializer():
-                    return  # a large or overridable tensor: no scalar function
+            if constant is not None and constant.size == 1:
+                continue
+            if uniform_value(source) is not None:
+                whole = False  # a tensor of one number, which could spread x to a larger shape
+            elif constant is not None or source.is_initializer():
+                return  # no scalar function of x
+            else:
                 frontier.append(source)
-            elif constant.size != 1:
-                return
         if not frontier:
             return
-        x = frontier[0]
-        if len(frontier) == 1 and is_float(x) and x.dtype == root.outputs[0].dtype:  # a derivative combines x and y
+        x, y = frontier[0], root.outputs[0]
+        alike = is_float(x) and x.dtype == y.dtype  # a derivative combines x and y
+        if len(frontier) == 1 and alike and (whole or (dims_of(x) is not None and dims_of(x) == dims_of(y))):
             yield x, set(group)
 
 
@@ -286,7 +290,7 @@ def _function(root: ir.Node, x: ir.Value, group: list[ir.Node]) -> Callable[[Arr
                 attribute.i = onnx.TensorProto.DOUBLE
         nodes.append(proto)
         for source in node.inputs:
-            value = constant_value(source)
+            value = uniform_value(source)
             if source is not None and value is not None and source is not x:
                 wide = value.astype(np.float64) if is_float(source) else value
                 constants[source.name or ""] = onnx.numpy_helper.from_array(wide.reshape(()), source.name)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checking import Array, evaluated, evaluator, ort_run, reference_run, small_model, to_float64
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxgbp
 from onnxgbp.activations import ACTIVATIONS
@@ -104,6 +104,7 @@ OPERATORS: dict[str, tuple[str, int, dict[str, Any], Callable[[float], float]]] 
     "Selu": ("Selu", 17, {}, lambda x: SELU[1] * (1.0 if x > 0 else SELU[0] * math.exp(x))),
     "Celu": ("Celu", 17, {"alpha": 2.0}, lambda x: 1.0 if x > 0 else math.exp(x / 2)),
     "ThresholdedRelu": ("ThresholdedRelu", 17, {"alpha": 0.75}, lambda x: float(x > 0.75)),
+    "Shrink": ("Shrink", 17, {"lambd": 0.75, "bias": 0.25}, lambda x: float(abs(x) > 0.75)),
     "Sigmoid": ("Sigmoid", 17, {}, lambda x: sigmoid(x) * sigmoid(-x)),
     "Tanh": ("Tanh", 17, {}, lambda x: 1 - math.tanh(x) ** 2),
     "Softplus": ("Softplus", 17, {}, sigmoid),
@@ -779,6 +780,35 @@ def _spellings() -> dict[str, tuple[str, Spelling]]:
                 17,
             ),
         ),
+        "Relu as Max(x, a tensor of zeros)": (
+            "Relu",
+            ([node("Max", ["x", "zeros"], ["y"])], {"zeros": np.zeros((1, 4), np.float32)}, 17),
+        ),
+        "Relu as Max(x, zeros_like(x))": (
+            "Relu",
+            (
+                [
+                    node("Shape", ["x"], ["s"]),
+                    node("ConstantOfShape", ["s"], ["z"], value=numpy_helper.from_array(f32([0]))),
+                    node("Max", ["z", "x"], ["y"]),
+                ],
+                {},
+                17,
+            ),
+        ),
+        "Relu as Where(x > 0, x, zeros expanded)": (
+            "Relu",
+            (
+                [
+                    node("Greater", ["x", "zero"], ["g"]),
+                    node("Shape", ["x"], ["s"]),
+                    node("Expand", ["zero", "s"], ["z"]),
+                    node("Where", ["g", "x", "z"], ["y"]),
+                ],
+                {"zero": zero},
+                17,
+            ),
+        ),
         "Relu through float16": (
             "Relu",
             (
@@ -863,6 +893,14 @@ def _alike() -> dict[str, tuple[Spelling, list[str]]]:
         ),
         "x * 2 + 1": (
             ([node("Mul", ["x", "two"], ["m"]), node("Add", ["m", "one"], ["y"])], {"one": one, "two": two}, 17),
+            [],
+        ),
+        "Max(x, zeros of a larger shape)": (
+            ([node("Max", ["x", "zeros"], ["y"])], {"zeros": np.zeros((3, 1, 1), np.float32)}, 17),
+            [],
+        ),
+        "Max(x, a number per channel)": (
+            ([node("Max", ["x", "bounds"], ["y"])], {"bounds": f32([0, 0, 0, 1])}, 17),
             [],
         ),
         "x * x": (([node("Mul", ["x", "x"], ["y"])], {}, 17), []),

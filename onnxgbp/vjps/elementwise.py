@@ -81,11 +81,6 @@ def where_b(op: Emit, s: Step) -> ir.Value:
     return op.Where(s.input(0), op.like(0, s.dy), s.dy)
 
 
-def shrink(op: Emit, s: Step) -> ir.Value:
-    limit = float(s.argument("lambd"))
-    return op.Where(op.Or(op.Greater(s.x, limit), op.Less(s.x, -limit)), s.dy, op.like(0, s.dy))
-
-
 def _root(op: Emit, square: ir.Value) -> ir.Value:
     """1 / sqrt."""
     return op.Reciprocal(op.Sqrt(square))
@@ -126,5 +121,4 @@ VJPS = {
     "Asinh": unary(lambda op, x, y: _root(op, op.Add(op.Mul(x, x), 1))),
     "Acosh": unary(lambda op, x, y: _root(op, op.Sub(op.Mul(x, x), 1))),
     "Atanh": unary(lambda op, x, y: op.Reciprocal(op.Sub(op.like(1, x), op.Mul(x, x)))),
-    "Shrink": inputs(shrink),
 }
