@@ -321,3 +321,15 @@ def ops(as_json: bool) -> None:
     from onnxgbp.inspection import operator_table, operator_text
 
     click.echo(json.dumps(operator_table(), indent=2) if as_json else operator_text())
+
+
+@main.command()
+@_json
+def doctor(as_json: bool) -> None:
+    """Says what is installed, which providers really work, what is wrong, and what to do about it."""
+    from onnxgbp.doctor import diagnose
+
+    found = diagnose()
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())
+    if not found.passed:
+        raise click.exceptions.Exit(1)

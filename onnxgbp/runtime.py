@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-import importlib.metadata
 import io
 import json
 import threading
@@ -25,26 +23,18 @@ from onnxgbp.convert import GradientGraph, Rules, result_names
 from onnxgbp.diagnose import first_not_finite, why_blank
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.installed import onnxruntime_module
 from onnxgbp.labels import find_label, labels_of
 from onnxgbp.model import METADATA, ModelLike, Source, load
 from onnxgbp.rules import listed, parse_methods, parse_rules
 from onnxgbp.scale import Census, computes_in_float16, fit, lost, parse_seed_scale, start
 from onnxgbp.target import classes_of, parse_unit, unit_text
 
-__all__ = ["Explainer", "Explanation", "InputSpec", "open_session", "provider_of"]
+__all__ = ["Explainer", "Explanation", "InputSpec", "open_session", "provider_of", "scores_output"]
 
 Array: TypeAlias = npt.NDArray[Any]
 Target: TypeAlias = "int | str | Sequence[int | str] | Sequence[Sequence[int | str]] | npt.NDArray[Any] | None"
 
-# Each of these installs the same Python package `onnxruntime`, over the files of any other; pip does not notice.
-_DISTRIBUTIONS = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-training",
-    "onnxruntime-training-cpu",
-    "onnxruntime-openvino",
-    "onnxruntime-directml",
-)
 _PROVIDERS = ("auto", "cpu", "cuda")
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
@@ -236,7 +226,7 @@ class Explainer:
         self._ours = [*result_names(self.methods, self.wrt), "attribution_target"]
         self._theirs = [name for name in names if name not in self._ours]  # and the views, which stand last
         types = {output.name: output.type for output in self._session.get_outputs()}
-        self.scores_output = _scores_output(proto, self.metadata[METADATA + "explained"], self._theirs)
+        self.scores_output = scores_output(proto, self.metadata[METADATA + "explained"], self._theirs)
         """The name of the output that `Explanation.scores` holds."""
         if self.scores_output is None:
             floats = (
@@ -484,7 +474,7 @@ def _refuse_contradictions(source: Source, what: Mapping[str, Any]) -> None:
             )
 
 
-def _scores_output(proto: onnx.ModelProto, explained: str, outputs: Sequence[str]) -> str | None:
+def scores_output(proto: onnx.ModelProto, explained: str, outputs: Sequence[str]) -> str | None:
     """The output of the source that shows the explained tensor, as it is or behind a softmax and the like."""
     makers = {name: node for node in proto.graph.node for name in node.output}
     for output in outputs:
@@ -585,29 +575,6 @@ def _short(error: BaseException) -> str:
     return rest.partition(" : ")[2] or rest if separator and prefix.startswith("[ONNXRuntimeError]") else said
 
 
-def _runtime() -> Any:
-    """The module onnxruntime, if exactly one distribution of it is installed."""
-    installed = []
-    for name in _DISTRIBUTIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            importlib.metadata.distribution(name)
-            installed.append(name)
-    if len(installed) > 1:
-        raise OnnxgbpError(
-            f"{' and '.join(installed)} are both installed and overwrite each other's files; repair it with "
-            f"pip uninstall -y {' '.join(installed)}, then install one of them again"
-        )
-    try:
-        return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        if not installed:
-            raise OnnxgbpError("no ONNX Runtime is installed: pip install 'onnxgbp[cpu]'") from None
-        raise OnnxgbpError(
-            f"{installed[0]} cannot be imported ({_short(error)}); "
-            f"repair it with pip install --force-reinstall {installed[0]}"
-        ) from None
-
-
 def open_session(proto: onnx.ModelProto, source: Source, provider: str, threads: int | None = None) -> Any:
     """A session for a model that was made of `source`, next to whose file its external data lie.
 
@@ -615,7 +582,7 @@ def open_session(proto: onnx.ModelProto, source: Source, provider: str, threads:
         OnnxgbpError: no ONNX Runtime or two of them are installed, CUDA was asked for and does not work, or the runtime
             cannot load the model.
     """
-    runtime = _runtime()
+    runtime = onnxruntime_module()
     try:
         data = proto.SerializeToString(deterministic=True)
     except Exception:  # noqa: BLE001 - protobuf's implementations differ in what they raise

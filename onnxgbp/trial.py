@@ -11,6 +11,7 @@ import onnx
 
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.float64 import evaluator
+from onnxgbp.installed import onnxruntime_module
 from onnxgbp.scale import fit, start
 
 __all__ = [
@@ -20,7 +21,6 @@ __all__ = [
     "Run",
     "fitting_exponent",
     "is_free",
-    "onnxruntime_module",
     "random_inputs",
     "rank_of",
     "reference",
@@ -36,16 +36,6 @@ Run: TypeAlias = "Callable[[Mapping[str, Array]], dict[str, Any]]"
 # Channels (axis 1 of a batch of images) and any other free dim but the batch, tried in this order.
 SIZES = tuple((channels, size) for size in (32, 28, 64, 30, 224, 8, 299) for channels in (3, 1))
 _FLOATS = {getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")}
-
-
-def onnxruntime_module() -> Any:
-    try:
-        import onnxruntime  # heavy, and converting does not need it
-    except ImportError:
-        raise OnnxgbpError(
-            "verify runs the model, and onnxruntime is not installed: pip install 'onnxgbp[cpu]'"
-        ) from None
-    return onnxruntime
 
 
 def session(model: onnx.ModelProto | Path, *, optimise: bool = True) -> Run:

@@ -38,6 +38,7 @@ from onnxgbp.emit import numel
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.float64 import to_float64
 from onnxgbp.inputs import integer_ranges
+from onnxgbp.installed import onnxruntime_module
 from onnxgbp.model import METADATA, load
 from onnxgbp.scale import computes_in_float16, fit, lost, start
 from onnxgbp.target import classes_of, parse_unit
@@ -47,7 +48,6 @@ from onnxgbp.trial import (
     Arrays,
     Run,
     is_free,
-    onnxruntime_module,
     random_inputs,
     reference,
     session,
