@@ -7,3 +7,12 @@ from onnxgbp.rules import RULES
 from onnxgbp.runtime import Explainer, Explanation
 
 __all__ = ["RULES", "Explainer", "Explanation", "GradientGraph", "OnnxgbpError", "convert", "load", "save"]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, read from the installed metadata when it is asked for."""
+    if name == "__version__":
+        import importlib.metadata
+
+        return importlib.metadata.version("onnxgbp")
+    raise AttributeError(f"module 'onnxgbp' has no attribute '{name}'")

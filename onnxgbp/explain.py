@@ -163,9 +163,12 @@ def _model_and_images(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
     if not images:
         raise OnnxgbpError("no image given: name at least one, or a folder of them")
     if not given and not model.is_file():
+        script = Path(__file__).resolve().parent.parent / "tools" / "build_squeezenet.py"
+        way_out = "build it with tools/build_squeezenet.py (tools/demo does so), or name a model"
+        if not script.is_file():  # installed from a wheel
+            way_out = "only a clone of the repository builds it; name a model"
         raise OnnxgbpError(
-            "the bundled network is not there: build it with tools/build_squeezenet.py (tools/demo does so), "
-            "or name a model: onnxgbp explain MODEL.onnx IMAGE..."
+            f"the bundled network is not there: {way_out}: onnxgbp explain MODEL.onnx IMAGE... -o FOLDER"
         )
     return model, images
 
