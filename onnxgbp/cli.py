@@ -140,7 +140,7 @@ _what = _options(
     ),
     _rules,
 )
-_prepare = _options(
+_pixels = _options(
     click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
     click.option("--size", type=click.IntRange(1), help="Resize the shorter side to this."),
     click.option("--crop", type=click.IntRange(1), help="Then cut this square out of the centre."),
@@ -148,7 +148,9 @@ _prepare = _options(
     click.option("--std", metavar="A,B,C", callback=_numbers("std"), help="Then divide, per channel."),
     click.option("--scale", type=float, help="Multiply the pixel values 0 to 255 first."),
     click.option("--channels", type=click.Choice(["rgb", "bgr"]), help="The order in which the model takes colours."),
-    click.option("--layout", type=click.Choice(["nchw", "nhwc"]), help="The order of the model's axes."),
+)
+_prepare = _options(
+    _pixels, click.option("--layout", type=click.Choice(["nchw", "nhwc"]), help="The order of the model's axes.")
 )
 _target = click.option(
     "--target",
@@ -311,6 +313,57 @@ def verify(out: Path, source: Path | None, as_json: bool) -> None:
     report = verify_model(out, source)
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
     if not report.passed:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="A folder of photos or one photo; a .npy or .npz laid out as A takes it.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Use this many samples of --data.  [default: all]")
+@click.option("--method", metavar="|".join(RULES), callback=_parsed(lambda name: name and parse_method(name)))
+@click.option(
+    "--target",
+    default="argmax",
+    show_default=True,
+    metavar="argmax|CLASS",
+    callback=_parsed(parse_class),
+    help="The class that both explain: A's strongest, an index, or A's name of one.",
+)
+@click.option("--min-cosine", type=float, help="Fail where the maps of a sample are less alike.")
+@click.option("--max-relative-error", type=float, help="Fail where the median relative error of a map is larger.")
+@click.option("--min-agreement", type=float, help="Fail if a smaller share of samples has the same strongest class.")
+@click.option("--max-score-difference", type=float, help="Fail where a score differs by more.")
+@click.option("--layout-b", type=click.Choice(["nchw", "nhwc"]), help="Transpose arrays for B, which has these axes.")
+@_pixels
+@_json
+def diff(
+    a: Path,
+    b: Path,
+    as_json: bool,
+    min_cosine: float | None,
+    max_relative_error: float | None,
+    min_agreement: float | None,
+    max_score_difference: float | None,
+    **options: Any,
+) -> None:
+    """Says how far model B agrees with model A on data: predictions, and attributions of the same class.
+
+    A and B are classifiers or converted files. With a threshold, exit status 1 says that it is missed.
+    """
+    from onnxgbp.diff import Thresholds, diff_models
+
+    asked = Thresholds(min_cosine, min_agreement, max_score_difference, max_relative_error)
+    found = diff_models(a, b, thresholds=asked, **options)
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())
+    for line in found.missed:
+        click.echo(f"FAIL: {line}", err=True)
+    if not found.passed:
         raise click.exceptions.Exit(1)
 
 
