@@ -376,6 +376,18 @@ def ops(as_json: bool) -> None:
     click.echo(json.dumps(operator_table(), indent=2) if as_json else operator_text())
 
 
+@main.command("export-triton")
+@click.argument("out", metavar="OUT.onnx", type=click.Path(path_type=Path))
+@click.option("-o", "--repository", required=True, type=click.Path(path_type=Path), help="The folder of models.")
+@click.option("--name", help="Of the model in the repository.  [default: the file's]")
+@click.option("--max-batch", type=click.IntRange(0), help="Samples at once; 0 for no batches.  [default: 8]")
+def export_triton_command(out: Path, **options: Any) -> None:
+    """Writes a converted file as an entry of a Triton model repository."""
+    from onnxgbp.triton import export_triton
+
+    click.echo(export_triton(out, **options))
+
+
 @main.command()
 @_json
 def doctor(as_json: bool) -> None:

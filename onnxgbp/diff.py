@@ -47,6 +47,12 @@ class Thresholds:
     score_difference: float | None = None
     relative_error: float | None = None
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not math.isfinite(value):  # no figure would ever miss a NaN
+                raise OnnxgbpError(f"the threshold of {field.name.replace('_', ' ')} is {value}, no finite number")
+
 
 @dataclasses.dataclass(frozen=True)
 class MapRow:

@@ -123,5 +123,9 @@ def copy_beside(proto: onnx.ModelProto, path: Path, folder: Path | None) -> None
             if not copy.samefile(source) and not filecmp.cmp(source, copy, shallow=False):
                 raise OnnxgbpError(f"cannot write {path}: {copy} exists and holds other data than the model's")
             continue
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OnnxgbpError(f"cannot write {copy}: {error.strerror or error}") from None
         with output_file(copy) as aside:
             shutil.copyfile(source, aside)
