@@ -16,14 +16,17 @@ __all__ = [
     "angle",
     "at_opset",
     "checker_complaint",
+    "divergence",
     "extract",
     "first_line",
     "label_of",
     "median_error",
     "needed_tensors",
     "opset_of",
+    "rank_correlation",
     "relative_difference",
     "resolution",
+    "softmax",
     "structural_faults",
 ]
 
@@ -224,3 +227,40 @@ def label_of(node: onnx.NodeProto) -> str:
 
 def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def softmax(scores: Array) -> Array:
+    """Of one row."""
+    with np.errstate(invalid="ignore"):
+        powers = np.exp(scores - scores.max())
+        return np.asarray(powers / powers.sum())
+
+
+def divergence(p: Array, q: Array) -> float:
+    """Jensen-Shannon, in nats, of two rows of probabilities: the mean Kullback-Leibler divergence from the middle m of
+    both, sum p log(p / m), which stays finite (at most log 2) where a narrow type has rounded a probability to 0.
+    Lin 1991, doi:10.1109/18.61115.
+    """
+    p, q = p / p.sum(), q / q.sum()
+    middle = (p + q) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        parts = [np.where(one == 0, 0, one * np.log(one / middle)).sum() for one in (p, q)]
+    return float(max(sum(parts) / 2, 0))
+
+
+def rank_correlation(a: Array, b: Array) -> float | None:
+    """Spearman's: Pearson's correlation of the ranks, equal entries sharing the middle of theirs; None where one array
+    is constant or not finite.
+    """
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return None
+    ranks = [_ranks(one) for one in (a, b)]
+    centred = [one - one.mean() for one in ranks]
+    size = float(np.linalg.norm(centred[0]) * np.linalg.norm(centred[1]))
+    return float(centred[0] @ centred[1]) / size if size else None
+
+
+def _ranks(values: Array) -> Array:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[place.ravel()], np.float64)

@@ -6,7 +6,6 @@ A is the one that is trusted, B the one under test. Each threshold that is given
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxgbp.compare import angle, median_error
-from onnxgbp.data import Batch, batches
+from onnxgbp.compare import angle, divergence, median_error, rank_correlation, softmax
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.images import Preprocessing
 from onnxgbp.model import METADATA
-from onnxgbp.runtime import Explainer, InputSpec
+from onnxgbp.pair import Pair, Result
+from onnxgbp.runtime import Explainer
 
 __all__ = ["Difference", "MapRow", "SampleRow", "Thresholds", "diff_models"]
 
@@ -29,8 +27,6 @@ Array = npt.NDArray[Any]
 _TOP = 5
 _NAMED = 5  # samples that a missed threshold names
 _COUNTED = 1e-3  # of the largest entry: what is smaller has no sign to speak of
-# From the axes of one layout to those of the other.
-_TURNS = {("nchw", "nhwc"): (0, 2, 3, 1), ("nhwc", "nchw"): (0, 3, 1, 2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,18 +192,20 @@ def diff_models(
         **preprocessing: size, crop, channels, scale, mean, std, each overriding what the metadata of both says.
 
     Raises:
-        OnnxgbpError: a model or the data cannot be used, or the two cannot be compared: different methods, classes,
-            inputs or sizes of a picture.
+        OnnxgbpError: a model or the data cannot be used, or the two cannot be compared: different methods or options of
+            conversion, classes, inputs, or sizes of a picture.
     """
     first, second = (Explainer(path, method=method, provider=provider, diagnose=False) for path in (a, b))
-    if first.methods != second.methods:
-        raise OnnxgbpError(
-            f"maps of different methods cannot be compared: {a} has {','.join(first.methods)}, "
-            f"{b} {','.join(second.methods)}"
-        )
+    for setting in ("method", "activations", "seed", "unit"):
+        mine, other = (one.metadata.get(METADATA + setting, "none") for one in (first, second))
+        if mine != other:
+            raise OnnxgbpError(
+                f"maps of different kinds cannot be compared: {a} has {setting} {mine}, {b} has {other}; "
+                "convert both with the same options"
+            )
     if first.classes is not None and second.classes is not None and first.classes != second.classes:
         raise OnnxgbpError(f"A explains one of {first.classes} classes, B one of {second.classes}: they do not compare")
-    pair = _Pair.of(first, second, Path(data), layout_b, preprocessing)
+    pair = Pair.of(first, second, Path(data), layout_b, preprocessing)
     index = None
     if target is not None:
         index = int(first.check_target(target, 1)[0])
@@ -219,6 +217,9 @@ def diff_models(
             kinds = _kinds(x, y, pair)
         rows.append(_row(name, x, y, kinds))
     notes = pair.notes
+    rules = [one.metadata[METADATA + "rules"] for one in (first, second)]
+    if rules[0] != rules[1]:
+        notes += (f"rules: A has {rules[0]}, B has {rules[1]}",)
     if kinds[0] != kinds[1]:
         other = "B" if kinds[0] else "A"
         notes += (f"scores: of {other}, which returns no probabilities as the other does, the softmax is compared",)
@@ -233,170 +234,7 @@ def _headline(explainer: Explainer) -> str:
     return f"{explainer.name}: {method} of '{said[METADATA + 'explained']}'{unit} on {explainer.provider}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Result:
-    """One sample of one model: its scores, flat, the class explained, and the maps by method and tensor."""
-
-    scores: npt.NDArray[np.float64]
-    target: Any
-    maps: dict[str, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pair:
-    """Two explainers, what each is fed, and how the maps of each become comparable."""
-
-    a: Explainer
-    b: Explainer
-    data: Path
-    inputs: tuple[Sequence[InputSpec], Sequence[InputSpec]]  # as the data is read for each
-    prepared: tuple[Preprocessing, ...] | None  # photos only
-    turn: tuple[int, ...] | None  # from the axes of A's arrays to those of B's, arrays only
-    notes: tuple[str, ...]
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that override a model's preprocessing
-
-    @classmethod
-    def of(cls, a: Explainer, b: Explainer, data: Path, layout_b: str | None, options: Mapping[str, Any]) -> _Pair:
-        if data.suffix.lower() in (".npy", ".npz"):
-            return cls._of_arrays(a, b, data, layout_b)
-        for explainer in (a, b):
-            if len(explainer.inputs) != 1:
-                raise OnnxgbpError(f"{explainer.name} takes {len(explainer.inputs)} inputs: give arrays in a .npz file")
-        if layout_b is not None:
-            raise OnnxgbpError("a layout for B is of arrays: a photo is laid out as each model's metadata says")
-        prepared = tuple(Preprocessing.of(one.metadata, one.inputs[0], **options) for one in (a, b))
-        sizes = [(one.size, one.crop, one.channels == "grey") for one in prepared]
-        if sizes[0] != sizes[1]:
-            raise OnnxgbpError(
-                f"the models see different parts of a photo: A {prepared[0]}; B {prepared[1]}; "
-                "give --size and --crop for both, or compare on arrays"
-            )
-        notes = []
-        for name, one in zip("AB", prepared, strict=True):
-            assumed = f" (assumed, since the model does not say: {', '.join(one.assumed)})" if one.assumed else ""
-            notes.append(f"input of {name}: {one}{assumed}")
-        if not all(map(_of_input, (a, b))):
-            notes.append("the maps are of tensors behind the input, and are compared as they are")
-        return cls(a, b, data, (a.inputs, b.inputs), prepared, None, tuple(notes), options)
-
-    @classmethod
-    def _of_arrays(cls, a: Explainer, b: Explainer, data: Path, layout_b: str | None) -> _Pair:
-        if len(a.inputs) != len(b.inputs):
-            raise OnnxgbpError(f"A takes {len(a.inputs)} inputs and B {len(b.inputs)}")
-        if len(a.inputs) > 1:
-            if {spec.name for spec in a.inputs} != {spec.name for spec in b.inputs}:
-                named = [", ".join(spec.name for spec in one.inputs) for one in (a, b)]
-                raise OnnxgbpError(f"with several inputs the names must match: A takes {named[0]}; B {named[1]}")
-            if layout_b is not None:
-                raise OnnxgbpError(f"a layout for B is of one input, and the models take {len(b.inputs)}")
-            return cls(a, b, data, (a.inputs, b.inputs), None, None, ())
-        mine, other = a.inputs[0], b.inputs[0]
-        turn: tuple[int, ...] | None = None
-        if layout_b is not None:
-            if len(mine.shape) != 4 or len(other.shape) != 4:
-                raise OnnxgbpError("a layout for B is of images: an input of four axes")
-            turn = _TURNS[("nhwc" if layout_b == "nchw" else "nchw", layout_b)]
-        turned = [mine.shape[axis] for axis in turn] if turn else list(mine.shape)
-        clash = any(
-            isinstance(x, int) and isinstance(y, int) and x != y
-            for x, y in zip(turned[1:], other.shape[1:], strict=False)
-        )
-        if len(turned) != len(other.shape) or clash:
-            hint = "" if turn or len(mine.shape) != 4 else "; say how B lays out its axes (--layout-b) if that is why"
-            raise OnnxgbpError(f"no array fits both: A takes {_shape(mine)}, B {_shape(other)}{hint}")
-        # The arrays are A's: read under its name and in its layout, in the type and the batch that B wants.
-        back = [other.shape[turn.index(axis)] for axis in range(4)] if turn else list(other.shape)
-        as_a = InputSpec(mine.name, other.dtype, (other.shape[0], *back[1:]))
-        return cls(a, b, data, (a.inputs, [as_a]), None, turn, ())
-
-    def results(self, target: int | None, limit: int | None) -> Iterator[tuple[str, _Result, _Result]]:
-        """Both results of each sample, in the order of the data, one batch of each model in memory."""
-        leads = 0 if _follows(self.b) else 1  # who is run first; the other explains the same classes
-        leader, follower = (self.a, self.b) if leads == 0 else (self.b, self.a)
-        fixed = np.asarray(target) if target is not None else None
-
-        def read(side: int) -> Iterator[Batch]:
-            metadata = (self.a, self.b)[side].metadata
-            return batches(self.data, self.inputs[side], metadata, limit=limit, **self.options)
-
-        first = (
-            (name, result)
-            for batch in read(leads)
-            for name, result in self._explained(leads, leader, batch, fixed if _follows(leader) else None)
-        )
-        for batch in read(1 - leads):
-            ahead = list(itertools.islice(first, len(batch.names)))
-            assert [name for name, _ in ahead] == list(batch.names)
-            wanted = np.stack([result.target for _, result in ahead]) if _follows(follower) else None
-            behind = self._explained(1 - leads, follower, batch, wanted)
-            for (name, one), (_, two) in zip(ahead, behind, strict=True):
-                yield (name, one, two) if leads == 0 else (name, two, one)
-
-    def _explained(
-        self, side: int, explainer: Explainer, batch: Batch, target: Array | None
-    ) -> Iterator[tuple[str, _Result]]:
-        feeds = batch.feeds
-        if side == 1 and len(explainer.inputs) == 1:
-            (x,) = feeds.values()
-            feeds = {explainer.inputs[0].name: x.transpose(self.turn) if self.turn else x}
-        size = len(next(iter(feeds.values())))
-        if target is not None:
-            rows = np.broadcast_to(target, (len(batch.names), *target.shape[1:]))
-            target = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
-        result = explainer(feeds, target)
-        if len(result.target) != size or len(result.scores) != size:
-            raise OnnxgbpError(f"{explainer.name} does not return one row a sample: it cannot be compared by sample")
-        maps = {name: self._aligned(side, one) for name, one in _named(explainer, result.attribution)}
-        scores = np.asarray(result.scores, np.float64).reshape(size, -1)
-        for i, name in enumerate(batch.names):
-            yield name, _Result(scores[i], result.target[i], {key: one[i] for key, one in maps.items()})
-
-    def _aligned(self, side: int, attribution: Array) -> Array:
-        """A map of either model as one of A's: the axes of A's arrays, or the pixels of the photo."""
-        if not (_of_input(self.a) and _of_input(self.b)):
-            return attribution
-        if self.prepared is not None:
-            return _of_pixels(attribution, self.prepared[side])
-        if side == 1 and self.turn is not None:
-            more = attribution.ndim - 4  # an axis of several targets behind the batch
-            back = [self.turn.index(axis) + more for axis in (1, 2, 3)]
-            return attribution.transpose(*range(1 + more), *back)
-        return attribution
-
-
-def _of_input(explainer: Explainer) -> bool:
-    """Whether the map has the axes and the numbers of the one input."""
-    return len(explainer.inputs) == 1 and explainer.wrt == (explainer.inputs[0].name,)
-
-
-def _follows(explainer: Explainer) -> bool:
-    """Whether a call may say which class is explained."""
-    return explainer.mode == "input" and METADATA + "unit" not in explainer.metadata
-
-
-def _named(explainer: Explainer, attribution: Any) -> Iterator[tuple[str, Array]]:
-    """Every map by its method and tensor, as far as there are several."""
-    each = attribution if len(explainer.methods) > 1 else {"": attribution}
-    for method, held in each.items():
-        for tensor, one in (held if len(explainer.wrt) > 1 else {"": held}).items():
-            yield " ".join(filter(None, (method, tensor))), one
-
-
-def _of_pixels(attribution: Array, prepared: Preprocessing) -> Array:
-    """d score / d pixel, [..., C, H, W] in the order red, green, blue: with x = (scale pixel - mean) / std per channel,
-    the map of x times scale / std.
-    """
-    laid = np.moveaxis(attribution, -1, -3) if prepared.layout == "nhwc" else attribution
-    slope = np.broadcast_to(prepared.scale / np.asarray(prepared.std, np.float64), laid.shape[-3])
-    pixels = np.asarray(laid, np.float64) * slope[:, np.newaxis, np.newaxis]
-    return pixels[..., ::-1, :, :] if prepared.channels == "bgr" else pixels
-
-
-def _shape(spec: InputSpec) -> str:
-    return f"'{spec.name}' [{', '.join(str(dim or '?') for dim in spec.shape)}]"
-
-
-def _kinds(x: _Result, y: _Result, pair: _Pair) -> tuple[bool, bool]:
+def _kinds(x: Result, y: Result, pair: Pair) -> tuple[bool, bool]:
     """Whether either model's scores are probabilities; refuses two results that cannot be held against each other."""
     if x.scores.shape != y.scores.shape:
         raise OnnxgbpError(
@@ -417,10 +255,10 @@ def _are_probabilities(scores: npt.NDArray[np.float64]) -> bool:
     return scores.size > 1 and bool((scores >= 0).all()) and abs(float(scores.sum()) - 1) < 1e-2
 
 
-def _row(name: str, x: _Result, y: _Result, kinds: tuple[bool, bool]) -> SampleRow:
+def _row(name: str, x: Result, y: Result, kinds: tuple[bool, bool]) -> SampleRow:
     mine, other = x.scores, y.scores
     if any(kinds):
-        mine, other = (one if known else _softmax(one) for one, known in zip((mine, other), kinds, strict=True))
+        mine, other = (one if known else softmax(one) for one, known in zip((mine, other), kinds, strict=True))
     top = min(_TOP, mine.size)
     strongest = [set(np.argsort(-one, kind="stable")[:top].tolist()) for one in (mine, other)]
     with np.errstate(invalid="ignore"):
@@ -434,7 +272,7 @@ def _row(name: str, x: _Result, y: _Result, kinds: tuple[bool, bool]) -> SampleR
         len(strongest[0] & strongest[1]) / top,
         float(apart.max()),
         float(apart.mean()),
-        _divergence(mine, other) if any(kinds) else None,
+        divergence(mine, other) if any(kinds) else None,
         np.asarray(x.target).tolist(),
         np.asarray(y.target).tolist(),
         tuple(_map_row(key, one, y.maps[key]) for key, one in x.maps.items()) if same else (),
@@ -445,44 +283,11 @@ def _strongest(scores: npt.NDArray[np.float64]) -> int | None:
     return None if np.isnan(scores).any() else int(scores.argmax())
 
 
-def _softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):
-        powers = np.exp(scores - scores.max())
-        return np.asarray(powers / powers.sum())
-
-
-def _divergence(p: npt.NDArray[np.float64], q: npt.NDArray[np.float64]) -> float:
-    """Jensen-Shannon, in nats: the mean Kullback-Leibler divergence from the middle m of both, sum p log(p / m), which
-    stays finite (at most log 2) where a narrow type has rounded a probability to 0. Lin 1991, doi:10.1109/18.61115.
-    """
-    p, q = p / p.sum(), q / q.sum()
-    middle = (p + q) / 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        parts = [np.where(one == 0, 0, one * np.log(one / middle)).sum() for one in (p, q)]
-    return float(max(sum(parts) / 2, 0))
-
-
 def _map_row(name: str, a: Array, b: Array) -> MapRow:
     a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
     counted = np.abs(a) > _COUNTED * np.abs(a).max(initial=0.0)
     agreement = float(np.mean(np.sign(a[counted]) == np.sign(b[counted]))) if counted.any() else None
-    return MapRow(name, 1 - angle(a, b), _rank_correlation(a, b), agreement, median_error(b, a))
-
-
-def _rank_correlation(a: Array, b: Array) -> float | None:
-    """Spearman's: Pearson's correlation of the ranks, equal entries sharing the middle of theirs."""
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return None
-    ranks = [_ranks(one) for one in (a, b)]
-    centred = [one - one.mean() for one in ranks]
-    size = float(np.linalg.norm(centred[0]) * np.linalg.norm(centred[1]))
-    return float(centred[0] @ centred[1]) / size if size else None
-
-
-def _ranks(values: Array) -> npt.NDArray[np.float64]:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[place.ravel()], np.float64)
+    return MapRow(name, 1 - angle(a, b), rank_correlation(a, b), agreement, median_error(b, a))
 
 
 def _missed(rows: Sequence[SampleRow], asked: Thresholds) -> Iterator[str]:

@@ -19,6 +19,7 @@ from PIL import Image
 import onnxgbp
 from onnxgbp import OnnxgbpError
 from onnxgbp.cli import main
+from onnxgbp.compare import rank_correlation
 from onnxgbp.diff import Thresholds, diff_models
 
 CORPUS = Path(__file__).parent / "data" / "corpus"
@@ -96,12 +97,10 @@ def test_the_figures_are_those_of_numpy(a: Path, data: Path, tmp_path: Path) -> 
 
 
 def test_equal_entries_share_the_middle_of_their_ranks() -> None:
-    from onnxgbp.diff import _rank_correlation
-
     one, two = np.array([0.0, 0, 0, 5, 7]), np.array([1.0, 3, 2, 3, 4])
     ranks = [1.0, 1, 1, 3, 4], [0.0, 2.5, 1, 2.5, 4]
-    assert _rank_correlation(one, two) == pytest.approx(np.corrcoef(*ranks)[0, 1])
-    assert _rank_correlation(one, np.ones(5)) is None
+    assert rank_correlation(one, two) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert rank_correlation(one, np.ones(5)) is None
 
 
 def test_probabilities_have_a_divergence(a: Path, data: Path, tmp_path: Path) -> None:
@@ -395,9 +394,11 @@ def test_several_inputs_are_matched_by_name(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared_is_refused(a: Path, data: Path, tmp_path: Path) -> None:
     onnxgbp.save(onnxgbp.convert(a, method="gradient"), tmp_path / "plain.onnx")
+    onnxgbp.save(onnxgbp.convert(a, seed="activation"), tmp_path / "seed.onnx")
     fewer = net(tmp_path / "fewer.onnx", w2=W2[:, :4].copy())
     for b, options, message in (
-        (tmp_path / "plain.onnx", (), r"different methods cannot be compared: .* has guided, .* gradient"),
+        (tmp_path / "plain.onnx", (), r"different kinds cannot be compared: .* has method guided, .* has gradient"),
+        (tmp_path / "seed.onnx", (), "has seed one, .* has activation; convert both with the same options"),
         (fewer, (), "A explains one of 7 classes, B one of 4"),
         (a, ("--layout-b", "nhwc"), "an input of four axes"),
         (a, ("--target", "cat"), "names no classes"),
@@ -409,6 +410,9 @@ def test_what_cannot_be_compared_is_refused(a: Path, data: Path, tmp_path: Path)
         assert result.exit_code in (1, 2)
         assert re.search(message, result.stderr), result.stderr
     assert run(a, tmp_path / "plain.onnx", "--data", data, "--method", "gradient").exit_code == 0
+    onnxgbp.save(onnxgbp.convert(a, rule="relu=gradient"), tmp_path / "ruled.onnx")
+    told = run(a, tmp_path / "ruled.onnx", "--data", data)
+    assert 'rules: A has ["*=guided"], B has ["relu=gradient", "*=guided"]' in told.stdout
 
 
 # --- real files -----------------------------------------------------------------------------------
