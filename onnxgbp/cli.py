@@ -233,8 +233,8 @@ def convert(model: Path, out: Path, **options: Any) -> None:
 def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Explains photos: pictures, arrays and a manifest in a folder.
 
-    MODEL is an .onnx file; without it the bundled SqueezeNet is used. How an image is prepared stands in the model's
-    metadata; the options override it.
+    MODEL is an .onnx file; without it a clone's own SqueezeNet is used (tools/demo builds it). How an image is
+    prepared stands in the model's metadata; the options override it.
     """
     from onnxgbp.explain import explain_images  # Pillow and onnxruntime: only here
 
@@ -326,7 +326,12 @@ def verify(out: Path, source: Path | None, as_json: bool) -> None:
     help="A folder of photos or one photo; a .npy or .npz laid out as A takes it.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Use this many samples of --data.  [default: all]")
-@click.option("--method", metavar="|".join(RULES), callback=_parsed(lambda name: name and parse_method(name)))
+@click.option(
+    "--method",
+    metavar="|".join(RULES),
+    callback=_parsed(lambda name: name and parse_method(name)),
+    help="The rule at every activation.  [default: guided, or what a converted file has]",
+)
 @click.option(
     "--target",
     default="argmax",
