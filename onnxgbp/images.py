@@ -319,4 +319,7 @@ def _resized(image: Image.Image, size: int) -> Image.Image:
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
     width, height = (size if side == shorter else round(side * size / shorter) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BILINEAR)
+    # Rows, then columns: left to choose, newer releases of Pillow take them in either order, by the sizes, which moves
+    # pixels by a level. So a photo is the same input with any release, and in tools/web.
+    across = image.resize((width, image.height), Image.Resampling.BILINEAR)
+    return across.resize((width, height), Image.Resampling.BILINEAR)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from onnxgbp.branches import detach
 from onnxgbp.constants import is_constant
-from onnxgbp.emit import PRIVATE, Emit, Operand
+from onnxgbp.emit import PRIVATE, Emit, Operand, dims_of
 from onnxgbp.scan import unroll_scans
 from onnxgbp.window import Window
 
@@ -56,6 +56,21 @@ def _operands(node: ir.Node) -> tuple[ir.Value, ...]:
 def conv_grad(op: Emit, node: ir.Node) -> ir.Value:
     dy, w, x = _operands(node)
     return _transposed(op, dy, w, x, node.meta["window"], node.meta["group"])
+
+
+def conv_grad_portable(op: Emit, node: ir.Node) -> ir.Value:
+    """One ConvTranspose for each group, except where a group is a single channel: a single one with groups of several
+    is wrong, or refused, outside of the large runtimes (onnx's own evaluator among them).
+    """
+    (dy, w, x), group = _operands(node), node.meta["group"]
+    outs, ins = (dims_of(w) or (None, None))[:2]
+    if group == 1 or (outs == group and ins == 1) or not isinstance(outs, int):
+        return conv_grad(op, node)
+    parts = [outs // group] * group
+    kernels = op.several(group, "Split", _untied(op, w), axis=0, split=parts)
+    gradients = op.several(group, "Split", dy, axis=1, split=parts)
+    pairs = zip(gradients, kernels, strict=True)
+    return op.Concat(*(_transposed(op, part, kernel, x, node.meta["window"]) for part, kernel in pairs), axis=1)
 
 
 def _transposed(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Window, group: int = 1) -> ir.Value:
@@ -242,10 +257,15 @@ def untie_weights(op: Emit) -> None:
         for index, value in enumerate(node.inputs):
             if value is None or not (value.is_initializer() or is_constant(value)) or len(set(value.consumers())) < 2:
                 continue
-            twice = op.Neg(op.Neg(value))
-            twice.shape, twice.type = value.shape, value.type
+            op.scope = (node.name or "").rpartition("/")[0]
+            twice = _untied(op, value)
             op.graph.insert_before(node, op.take())
             node.replace_input_with(index, twice)
+
+
+def _untied(op: Emit, weight: ir.Value) -> ir.Value:
+    """The same numbers, exactly, which no runtime takes for the same tensor; folded when the file is loaded."""
+    return op.typed(op.Neg(op.Neg(weight)), weight)
 
 
 def merge_equal(graph: ir.Graph) -> None:
@@ -279,7 +299,7 @@ def prune(graph: ir.Graph) -> None:
 
 # call -> profile -> how it is spelled there, and why.
 LOWERINGS: dict[str, dict[str, Lowering]] = {
-    "ConvGrad": {"ort": conv_grad, "portable": conv_grad},
+    "ConvGrad": {"ort": conv_grad, "portable": conv_grad_portable},
     # MaxPool's Indices and ScatterElements are wrong or missing in OpenCV, tinygrad, TVM and WebGPU.
     "MaxPoolGrad": {"ort": max_pool_scatter, "portable": max_pool_portable},
     "AveragePoolGrad": {"ort": average_pool_grad, "portable": average_pool_grad},

@@ -1,31 +1,59 @@
-"""Writes the table of operators into the README, between its two marker comments.
+"""Writes the generated tables into the README, each between its two marker comments.
 
-python tools/readme_table.py           rewrites it
-python tools/readme_table.py --check   exit 1 where it is stale, and changes nothing
+python tools/readme_table.py           rewrites them
+python tools/readme_table.py --check   exit 1 where one is stale, and changes nothing
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from onnxgbp.inspection import operator_markdown
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- operators:begin -->", "<!-- operators:end -->"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def runtime_markdown() -> str:
+    """What `tools/test --runtimes` found: of each runtime and net the largest error over batches and methods."""
+    rows: list[dict[str, Any]] = json.loads((ROOT / "tests" / "runtimes.json").read_text(encoding="utf-8"))
+    nets = list(dict.fromkeys(row["net"] for row in rows if "net" in row))
+    return "\n".join(_runtime_lines(rows, nets))
+
+
+def _runtime_lines(rows: list[dict[str, Any]], nets: list[str]) -> Iterator[str]:
+    yield f"| runtime | version | {' | '.join(f'`{net}`' for net in nets)} | |"
+    yield "|---" * (len(nets) + 3) + "|"
+    for name in dict.fromkeys(row["runtime"] for row in rows):
+        mine = [row for row in rows if row["runtime"] == name]
+        # "ok" is what the figures say; anything else is said once.
+        notes = "; ".join(dict.fromkeys(row["status"].removeprefix("known: ") for row in mine if row["status"] != "ok"))
+        figures = [max((row["max_error"] for row in mine if row.get("net") == net), default=None) for net in nets]
+        cells = ["" if figure is None else f"{figure:.0e}" for figure in figures]
+        yield f"| {' | '.join([mine[0]['label'], mine[0]['version'] or '', *cells, notes])} |"
+
+
+TABLES: dict[str, Callable[[], str]] = {"operators": operator_markdown, "runtimes": runtime_markdown}
 
 
 def current(text: str) -> str:
-    """The README's text with the table as it should be.
+    """The README's text with the tables as they should be.
 
     Raises:
-        ValueError: the markers are missing or in the wrong order.
+        ValueError: markers are missing or in the wrong order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md holds no table between {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{operator_markdown()}\n\n{END}{after}"
+    for name, table in TABLES.items():
+        opening, closing = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, begin, rest = text.partition(opening)
+        _, end, after = rest.partition(closing)
+        if not begin or not end:
+            raise ValueError(f"README.md holds no table between {opening} and {closing}")
+        text = f"{before}{opening}\n\n{table()}\n\n{closing}{after}"
+    return text
 
 
 def main(arguments: list[str]) -> int:
@@ -38,7 +66,7 @@ def main(arguments: list[str]) -> int:
     if text == wanted:
         return 0
     if arguments == ["--check"]:
-        print("the README's table of operators is stale: python tools/readme_table.py", file=sys.stderr)
+        print("the README's tables are stale: python tools/readme_table.py", file=sys.stderr)
         return 1
     README.write_text(wanted, encoding="utf-8")
     return 0

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import click
 import numpy as np
 import onnx
 from checking import Array, cosine, forward_error, ort_run
+from environments import NotInstalledError, python_environment
 
 import onnxgbp
 
@@ -95,42 +95,9 @@ EXPORTERS = {
 REFUSED: dict[tuple[str, str], str] = {}
 
 
-class NotInstalledError(Exception):
-    """The environment of an exporter cannot be made on this machine; the message says why."""
-
-
-def interpreter(pythons: Sequence[str]) -> str:
-    """A Python of one of these versions, this one if it will do."""
-    if f"{sys.version_info.major}.{sys.version_info.minor}" in pythons:
-        return sys.executable
-    for version in pythons:
-        found = shutil.which(f"python{version}")
-        # Being run is the test, not being found: a name on the PATH may be a stub that starts nothing.
-        if found and not subprocess.run([found, "-c", "import venv, ensurepip"], capture_output=True).returncode:
-            return found
-    raise NotInstalledError(f"needs one of Python {', '.join(pythons)}")
-
-
 def environment(name: str, exporter: Exporter) -> Path:
-    """The Python of the exporter's own environment, made where it is missing or its pins have changed."""
-    folder = ROOT / ".exporters" / name
-    python, stamp = folder / "bin" / "python", folder / "installed"
-    wanted = f"{folder}\n" + "\n".join(exporter.requirements)
-    if stamp.exists() and stamp.read_text() == wanted:
-        return python
-    click.echo(f"installing {exporter.versions} ...", err=True)
-    base = interpreter(exporter.pythons)
-    shutil.rmtree(folder, ignore_errors=True)
-    for command in (
-        [base, "-m", "venv", str(folder)],
-        [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *exporter.requirements],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
-            raise NotInstalledError((errors or ["pip failed"])[-1].removeprefix("ERROR: "))
-    stamp.write_text(wanted)
-    return python
+    """The Python of the exporter's own environment."""
+    return python_environment(ROOT / ".exporters" / name, exporter.requirements, exporter.pythons)
 
 
 def export(python: Path, exporter: Exporter, folder: Path) -> str:
