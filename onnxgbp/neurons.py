@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +24,7 @@ from PIL import Image
 
 from onnxgbp.compare import first_line
 from onnxgbp.convert import GradientGraph, Rules
-from onnxgbp.data import batches
+from onnxgbp.data import Batch, batches
 from onnxgbp.emit import Dims, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explain import MANIFEST, json_numbers, make_folder, shown
@@ -119,21 +120,16 @@ def picture_neurons(
     echo(f"input: {prepared}")
     if prepared.assumed:
         echo(f"the model does not say how to prepare an image; assumed {', '.join(prepared.assumed)}")
-    best, names, failed = _Best(top), list[str](), list[str]()
+    failed = list[str]()
     metadata = source.model.metadata_props
     found = batches(images, [part.image], metadata, batch=_BATCH, on_error=failed.append, **preprocessing)
     hidden = not sys.stderr.isatty()
     try:
         with click.progressbar(length=len(photos), label="looking", file=sys.stderr, hidden=hidden) as bar:
-            for batch in found:
-                x = batch.feeds[part.image.name]
-                if not names:
-                    part.check_axes(source, x.shape, prepared.layout)
-                    make_folder(out, photos)  # found out before the long pass, not after it
-                values, places = forward.strongest(x)
-                best.add(values[: len(batch.names)], places[: len(batch.names)])
-                names += batch.names
-                bar.update(len(batch.names))
+            first = next(found)
+            part.check_axes(source, first.feeds[part.image.name].shape, prepared.layout)
+            make_folder(out, photos)  # whether it can be is found out before the long pass, not after it
+            best, names = _looked_through(itertools.chain([first], found), part, forward, top, bar.update)
     finally:
         for said in failed:  # not before: it would break the bar
             complain(f"Error: {said}")
@@ -148,20 +144,10 @@ def picture_neurons(
     for index in chosen:
         hits = best.hits(index)
         made = [tiles(Path(names[hit.image]), index, hit) for hit in hits]
-        files, entries = dict[str, str](), list[dict[str, Any]]()
-        if made:
-            files["picture"] = f"channel-{index}.neurons.png"
-            with output_file(out / files["picture"]) as aside:
-                _sheet(made).save(aside, "PNG")
-        for number, (hit, tile) in enumerate(zip(hits, made, strict=True), start=1):
-            files[str(number)] = f"channel-{index}.{number}.npy"
-            with output_file(out / files[str(number)]) as aside, aside.open("wb") as stream:
-                np.save(stream, tile.attribution, allow_pickle=False)
-            entry = {"file": names[hit.image], "activation": hit.activation, "position": list(tile.position)}
-            entry |= {"box": list(tile.box), "array": files[str(number)], "clip": tile.picture.clip}
-            entries.append(entry | {"warning": tile.picture.warning or None})
-            lost = lost or tile.lost
-        rows.append({"channel": index, "excited_by": int(best.excited[index]), "top": entries, "files": files})
+        rows.append({"channel": index, "excited_by": int(best.excited[index]), **_written(out, index, made)})
+        for entry, hit in zip(rows[-1]["top"], hits, strict=True):
+            entry |= {"file": names[hit.image], "activation": hit.activation}
+        lost = next((tile.lost for tile in made if tile.lost), lost)
         for line in _lines(rows[-1], len(names)):
             echo(line)
     if lost:
@@ -183,6 +169,35 @@ def picture_neurons(
     text = json.dumps(json_numbers(manifest), indent=2, ensure_ascii=False, allow_nan=False)
     write(out / MANIFEST, (text + "\n").encode())
     return failed
+
+
+def _looked_through(
+    found: Iterable[Batch], part: _Layer, forward: _Forward, top: int, count: Callable[[int], Any]
+) -> tuple[_Best, list[str]]:
+    """The strongest images of every channel, and the names of all."""
+    best, names = _Best(top), list[str]()
+    for batch in found:
+        values, places = forward.strongest(batch.feeds[part.image.name])
+        best.add(values[: len(batch.names)], places[: len(batch.names)])
+        names += batch.names
+        count(len(batch.names))
+    return best, names
+
+
+def _written(out: Path, channel: int, tiles: Sequence[_Tile]) -> dict[str, Any]:
+    """Writes the picture and the arrays of one channel; what the manifest says of them."""
+    files, entries = dict[str, str](), list[dict[str, Any]]()
+    if tiles:
+        files["picture"] = f"channel-{channel}.neurons.png"
+        with output_file(out / files["picture"]) as aside:
+            _sheet(tiles).save(aside, "PNG")
+    for number, tile in enumerate(tiles, start=1):
+        files[str(number)] = f"channel-{channel}.{number}.npy"
+        with output_file(out / files[str(number)]) as aside, aside.open("wb") as stream:
+            np.save(stream, tile.attribution, allow_pickle=False)
+        entry = {"position": list(tile.position), "box": list(tile.box), "array": files[str(number)]}
+        entries.append(entry | {"clip": tile.picture.clip, "warning": tile.picture.warning or None})
+    return {"files": files, "top": entries}
 
 
 def _lines(row: Mapping[str, Any], images: int) -> Iterator[str]:
