@@ -458,7 +458,6 @@ def _sheet(tiles: Sequence[_Tile]) -> Image.Image:
 
 
 def _shift(first: int, last: int, size: int, room: int) -> int:
-    """Against the side of the cell that looks into the picture."""
-    if first == 0 and last < size:
-        return room
-    return 0 if last == size and first else room // 2
+    """Away from the border of the picture that is nearer."""
+    before, behind = first, size - last
+    return room if before < behind else 0 if behind < before else room // 2

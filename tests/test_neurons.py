@@ -117,20 +117,20 @@ def test_the_best_images_their_units_and_their_fields(tmp_path: Path) -> None:
 
 def test_the_picture_has_reconstructions_left_and_crops_right(tmp_path: Path) -> None:
     model, folder, out = network(tmp_path / "m.onnx"), photos(tmp_path / "photos", 30), tmp_path / "out"
-    assert run(model, "--layer", "r", "--channel", 2, "--images", folder, "--top", 6, "-o", out).exit_code == 0
+    assert run(model, "--layer", "r", "--channel", 2, "--images", folder, "--top", 20, "-o", out).exit_code == 0
     (row,) = manifest(out)["channels"]
     with Image.open(out / "channel-2.neurons.png") as opened:
         sheet = np.asarray(opened)
     side = max(max(e["box"][2] - e["box"][0], e["box"][3] - e["box"][1]) for e in row["top"])
     scale = round(64 / side)
     step = side * scale + 2
-    assert sheet.shape == (2 * step - 2, 2 * (3 * step - 2) + 16, 3)  # 6 in three columns and two rows
+    assert sheet.shape == (4 * step - 2, 2 * (5 * step - 2) + 16, 3)  # 20 in five columns and four rows
     prepared = Preprocessing.of(Explainer(model).metadata, Explainer(model).inputs[0])
     for number, entry in enumerate(row["top"]):
         left, top, right, bottom = entry["box"]
-        y, x = number // 3 * step, number % 3 * step
+        y, x = number // 5 * step, number % 5 * step
         reconstruction = sheet[y : y + side * scale : scale, x : x + side * scale : scale]
-        start = 3 * step - 2 + 16 + x
+        start = 5 * step - 2 + 16 + x
         crop = sheet[y : y + side * scale : scale, start : start + side * scale : scale]
         # A field that the picture's border cuts stands against the side of the cell that looks into the picture.
         v = side - (bottom - top) if top == 0 else 0
@@ -144,7 +144,8 @@ def test_the_picture_has_reconstructions_left_and_crops_right(tmp_path: Path) ->
         for cell in (crop.copy(), reconstruction.copy()):
             cell[inside] = 128
             assert (cell == 128).all()
-    assert any(e["box"][0] == 0 or e["box"][1] == 0 for e in row["top"])  # or the comment above is idle
+    cut = {(e["box"][0] == 0, e["box"][2] == 19) for e in row["top"]}
+    assert cut == {(True, False), (False, True), (False, False)}  # or the comment above is idle
 
 
 @pytest.mark.parametrize("seed", ["one", "activation"])
