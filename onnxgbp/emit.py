@@ -194,7 +194,7 @@ class Emit:
         dims = dims_of(like)
         if dims is not None and dims_of(value) == dims and None not in dims:
             return value
-        return self.typed(self.Reshape(value, self._target(like)), like)
+        return self.typed(self.Reshape(value, self._target(like, dims_of(value))), like)
 
     def expand_like(self, value: ir.Value, like: ir.Value) -> ir.Value:
         """Broadcast to another tensor's shape. The value has `like`'s rank, 1 or the full size in each dim."""
@@ -242,8 +242,11 @@ class Emit:
         """Elementwise x == 0; Equal takes no floats before opset 11."""
         return self.Not(self.Cast(value, to=int(ir.DataType.BOOL)))
 
-    def _target(self, like: ir.Value) -> Operand:
+    def _target(self, like: ir.Value, own: Dims | None) -> Operand:
         dims = dims_of(like)
+        if dims and own and isinstance(dims[0], str) and dims[0] == own[0] and numel(dims[1:]):
+            # 0 copies the batch; behind -1 a runtime no longer knows that it is the same.
+            return [0, *(dim for dim in dims[1:] if isinstance(dim, int))]
         if dims is None or 0 in dims or sum(not isinstance(dim, int) for dim in dims) > 1:
             return self.Shape(like)
         return [dim if isinstance(dim, int) else -1 for dim in dims]

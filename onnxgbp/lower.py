@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from onnxgbp.blocked import BLOCK, depthwise, keep_blocked
 from onnxgbp.branches import detach
-from onnxgbp.constants import is_constant
+from onnxgbp.constants import constant_value, is_constant
 from onnxgbp.emit import PRIVATE, Emit, Operand, dims_of
 from onnxgbp.scan import unroll_scans
 from onnxgbp.window import Window
@@ -22,6 +23,10 @@ from onnxgbp.window import Window
 __all__ = ["PROFILES", "lower", "merge_equal", "prune", "replace_calls"]
 
 Lowering: TypeAlias = "Callable[[Emit, ir.Node], ir.Value]"
+
+_MOST_COMPARED = 9  # elements of a window: behind them Indices are as fast
+_STEEPEST = 2.0**127  # the largest factor: 1 + factor d is 0 or less for every normal d < 0
+_FIRST = -(1 << 31)  # the end of a slice that runs backwards to the first element
 
 
 def replace_calls(op: Emit, table: Mapping[str, Lowering]) -> None:
@@ -44,6 +49,8 @@ def replace_calls(op: Emit, table: Mapping[str, Lowering]) -> None:
 def lower(op: Emit, profile: str) -> None:
     """Spells every gradient for the profile. No private call is left."""
     replace_calls(op, {call: choices[profile] for call, choices in LOWERINGS.items()})
+    if profile == "ort":
+        keep_blocked(op)
     if profile == "portable":
         unroll_scans(op)
         untie_weights(op)
@@ -71,6 +78,72 @@ def conv_grad_portable(op: Emit, node: ir.Node) -> ir.Value:
     gradients = op.several(group, "Split", dy, axis=1, split=parts)
     pairs = zip(gradients, kernels, strict=True)
     return op.Concat(*(_transposed(op, part, kernel, x, node.meta["window"]) for part, kernel in pairs), axis=1)
+
+
+def conv_grad_as_conv(op: Emit, node: ir.Node) -> ir.Value:
+    """A Conv with the weight turned round, which stays in the blocked layout; the file does not grow by the turning.
+
+    Only for a weight that is constant: ONNX Runtime turns it once, when it loads the file.
+    """
+    dy, w, x = _operands(node)
+    geometry: Window = node.meta["window"]
+    group: int = node.meta["group"]
+    dims, pads, rank = dims_of(w), geometry.pads, geometry.rank
+    if pads is None or dims is None or not all(isinstance(dim, int) for dim in dims) or not is_constant(w):
+        return conv_grad(op, node)
+    strided = any(stride != 1 for stride in geometry.strides)
+    begins = [reach - 1 - pad for reach, pad in zip(geometry.reach, pads, strict=False)]
+    ends = [reach - 1 - pad for reach, pad in zip(geometry.reach, pads[rank:], strict=False)]
+    if strided and not (geometry.static and group == dims[0] and dims[1] == 1):
+        return conv_grad(op, node)
+    if min(begins + ends) < 0:  # padded by more than the kernel reaches: Conv cuts nothing off
+        return conv_grad(op, node)
+    dy, w = _scaled(op, dy, w)
+    if strided:  # depthwise: dy is laid out with its gaps first, by a kernel of one element
+        dy = _spread_out(op, dy, x, geometry, group)
+    turned = _turned(op, w, _ints(dims), group)
+    return op.Conv(dy, turned, pads=begins + ends, dilations=geometry.dilations, group=group)
+
+
+def _scaled(op: Emit, dy: ir.Value, w: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The factor per channel that a BatchNormalization behind the Conv left on dy, put into the weight instead."""
+    node, rank = dy.producer(), len(dims_of(w) or ())
+    if node is None or node.op_type != "Mul" or node.meta.get("forward") or len(dy.uses()) > 1:
+        return dy, w
+    inner, factor = node.inputs[0], constant_value(node.inputs[1])
+    if inner is None or factor is None or factor.shape != ((dims_of(w) or ())[0], *[1] * (rank - 2)):
+        return dy, w
+    scaled = op.Mul(w, factor.reshape(-1, *[1] * (rank - 1)))
+    scaled.shape = w.shape
+    return inner, scaled
+
+
+def _spread_out(op: Emit, dy: ir.Value, x: ir.Value, geometry: Window, channels: int) -> ir.Value:
+    """Dy with stride - 1 zeros between its elements, and behind them what makes a stride of 1 give x's size."""
+    pads, rank = geometry.pads or [], geometry.rank
+    behind = [size + pads[i] + pads[i + rank] - geometry.span(i) for i, size in enumerate(_ints(geometry.size))]
+    ones = op.like(np.ones((channels, 1, *[1] * rank)), x)
+    return op.ConvTranspose(dy, ones, strides=geometry.strides, group=channels, output_padding=behind)
+
+
+def _turned(op: Emit, w: ir.Value, dims: list[int], group: int) -> ir.Value:
+    """W [outputs, inputs / group, ...] as [inputs, outputs / group, ...], each kernel back to front."""
+    outputs, inputs, *kernel = dims
+    spatial = range(len(kernel))
+    if group == 1:
+        w = op.Transpose(w, perm=[1, 0, *(i + 2 for i in spatial)])
+    elif outputs != group or inputs != 1:
+        w = op.Reshape(w, [group, outputs // group, inputs, *kernel])
+        w = op.Transpose(w, perm=[0, 2, 1, *(i + 3 for i in spatial)])
+        w = op.Reshape(w, [group * inputs, outputs // group, *kernel])
+    axes = [i + 2 for i in spatial if kernel[i] > 1]
+    if axes and op.opset >= 10:
+        w = op.Slice(w, starts=[-1] * len(axes), ends=[_FIRST] * len(axes), axes=axes, steps=[-1] * len(axes))
+    else:  # no steps before
+        for axis in axes:
+            w = op.Gather(w, list(range(kernel[axis - 2]))[::-1], axis=axis)
+    w.shape = ir.Shape([group * inputs, outputs // group, *kernel])
+    return w
 
 
 def _transposed(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Window, group: int = 1) -> ir.Value:
@@ -123,6 +196,52 @@ def _not_negative(op: Emit, number: ir.Value) -> ir.Value:
 def _span(op: Emit, y: ir.Value, geometry: Window, axis: int) -> ir.Value:
     """How many padded elements the windows of one dim cover together, at run time."""
     return op.Add(op.Mul(op.Sub(op.dim(y, axis + 2), [1]), [geometry.strides[axis]]), [geometry.reach[axis]])
+
+
+def max_pool_by_comparison(op: Emit, node: ir.Node) -> ir.Value:
+    """The elements of each window one by one: the first that equals the maximum takes the gradient, the rest get none.
+
+    MaxPool's Indices take ONNX Runtime 10 to 40 times as long as MaxPool itself. Here every step but the last works on
+    tensors of y's size that stay blocked: x_t - y, which is 0 at a maximum; 1 or 0 from that; the part of dy that
+    passes, and what is left of it for the elements behind. The last takes what is left. In the end the parts are laid
+    out over x, where those of overlapping windows add.
+    """
+    dy, x, y = _operands(node)
+    geometry: Window = node.meta["window"]
+    elements, channels = int(np.prod(geometry.kernel)), (dims_of(x) or (0, 0))[1]
+    pool, maker = y.producer(), x.producer()
+    quantised = maker is not None and maker.op_type == "DequantizeLinear"
+    if not (
+        geometry.static
+        and pool is not None
+        and pool.inputs[0] is x  # not what a quantiser rounded before the pool
+        and not quantised  # ONNX Runtime pools the integers then, and may round y
+        and geometry.rank == 2
+        and elements <= _MOST_COMPARED
+        and set(geometry.dilations) == {1}
+        and isinstance(channels, int)
+        and channels % BLOCK == 0
+        and x.dtype == ir.DataType.FLOAT
+    ):
+        return max_pool_scatter(op, node)
+    padded = op.typed(_padded(op, x, y, geometry, op.like(_lowest(x), x)), x)
+    if padded is not x:
+        padded.shape = ir.Shape([(dims_of(x) or ())[0], channels, None, None])
+    below = depthwise(op, y, -1.0)
+    one_hot = np.eye(elements).reshape(elements, 1, 1, *geometry.kernel)
+    left, parts = dy, list[ir.Value]()
+    for element in range(elements - 1):
+        pick = op.like(np.broadcast_to(one_hot[element], (channels, 1, *geometry.kernel)), x)
+        picked = op.typed(op.Conv(padded, pick, strides=geometry.strides, group=channels), y)
+        under = op.typed(op.Add(picked, below), y)  # 0 or negative
+        first = op.Relu(depthwise(op, under, _STEEPEST, 1.0))
+        parts.append(op.typed(op.Mul(left, first), y))
+        left = op.typed(op.Add(depthwise(op, parts[-1], -1.0), left), y)
+    flat = [op.Reshape(part, [0, channels, 1, -1]) for part in (*parts, left)]
+    high, wide = _ints(geometry.out)
+    windows = op.Reshape(op.Concat(*flat, axis=2), [0, channels * elements, high, wide])
+    spread = op.like(np.tile(one_hot[:, 0], (channels, 1, 1, 1)), x)
+    return _transposed(op, windows, spread, x, geometry, channels)
 
 
 def max_pool_scatter(op: Emit, node: ir.Node) -> ir.Value:
@@ -299,9 +418,9 @@ def prune(graph: ir.Graph) -> None:
 
 # call -> profile -> how it is spelled there, and why.
 LOWERINGS: dict[str, dict[str, Lowering]] = {
-    "ConvGrad": {"ort": conv_grad, "portable": conv_grad_portable},
+    "ConvGrad": {"ort": conv_grad_as_conv, "portable": conv_grad_portable},
     # MaxPool's Indices and ScatterElements are wrong or missing in OpenCV, tinygrad, TVM and WebGPU.
-    "MaxPoolGrad": {"ort": max_pool_scatter, "portable": max_pool_portable},
+    "MaxPoolGrad": {"ort": max_pool_by_comparison, "portable": max_pool_portable},
     "AveragePoolGrad": {"ort": average_pool_grad, "portable": average_pool_grad},
     "SumPoolGrad": {"ort": sum_pool_grad, "portable": sum_pool_grad},
 }

@@ -412,7 +412,6 @@ def _classes(op: Emit, tensor: ir.Value, target: str | int) -> Seed:
     """One class of each sample, or K of them."""
     dims = dims_of(tensor) or ()
     classes, trivial, count = dims[1], [1] * (len(dims) - 2), classes_of(target)
-    column = [-1, 1, *trivial]  # the shape [N, 1, ...] of one class per sample
     if isinstance(target, int) and isinstance(classes, int) and 0 <= target < classes:
         row = op.like(np.eye(1, classes, target).reshape(1, classes, *trivial), tensor)
         seed = op.typed(op.Expand(row, op.shape(tensor)), tensor)
@@ -434,7 +433,8 @@ def _classes(op: Emit, tensor: ir.Value, target: str | int) -> Seed:
     seeds = []
     for k in range(count or 1):
         one = chosen if count is None else op.Gather(chosen, [k], axis=1)
-        one_hot = op.Equal(op.positions(tensor, 1), op.Reshape(one, column))
+        behind = list(range(1 if count is None else 2, len(dims)))  # [N, 1, ...], one class per sample
+        one_hot = op.Equal(op.positions(tensor, 1), op.Unsqueeze(one, axes=behind) if behind else one)
         seeds.append(op.typed(op.cast_like(one_hot, tensor), tensor))
     if isinstance(target, str) and target.startswith("input"):
         # A class out of range must not end in a blank map: this look-up fails on it where a runtime checks indices.
@@ -450,7 +450,7 @@ def _strongest(op: Emit, scores: ir.Value) -> ir.Value:
     """The class with the highest score of each sample, int64 [N]."""
     if len(dims_of(scores) or ()) == 2:
         return op.ArgMax(scores, axis=1, keepdims=0)
-    return op.Reshape(op.ArgMax(scores, axis=1), [-1])
+    return op.Squeeze(op.ArgMax(scores, axis=1), axes=list(range(1, len(dims_of(scores) or ()))))
 
 
 def _top(op: Emit, scores: ir.Value, count: int) -> ir.Value:

@@ -103,6 +103,19 @@ def test_the_exporter_makes_no_difference(name: str, twin: str, method: str) -> 
     assert cosine(*maps) >= min(LOOSER.get(name, 0.9999), LOOSER.get(twin, 0.9999))
 
 
+@pytest.mark.parametrize("method", METHODS.values())
+@pytest.mark.parametrize("name", list(ROWS))
+def test_the_profiles_agree(name: str, method: str) -> None:
+    row = ROWS[name]
+    source = CORPUS / row["onnx"]
+    feeds = _feeds(row, np.load(CORPUS / row["npz"]))
+    fast, portable = (
+        ort_run(onnxgbp.convert(source, method=method, profile=profile), feeds) for profile in ("ort", "portable")
+    )
+    assert np.array_equal(fast["attribution_target"], portable["attribution_target"])
+    assert cosine(fast["attribution"], portable["attribution"]) >= 0.999999
+
+
 @pytest.mark.parametrize("name", list(ROWS))
 def test_batch_of_one(name: str) -> None:
     """Where the batch is free, the first sample alone gives what it gives among others."""
