@@ -7,6 +7,7 @@ what a mask costs and whether it is right. So each layer has He weights and the 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -222,13 +223,11 @@ def _damp(module: nn.Module) -> None:
         last[-1].weight.data.mul_(0.3)
 
 
-def export(name: str, path: str) -> None:
-    """Writes one of NETWORKS as ONNX with a free batch."""
-    import warnings
-
-    side = NETWORKS[name].size
+def export(name: str, path: str, size: int | None = None) -> None:
+    """Writes one of NETWORKS as ONNX with a free batch; size: of the image, where it is not the usual one."""
+    side = size or NETWORKS[name].size
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of deprecations within torch
         torch.onnx.export(
             build(name),
             (torch.randn(1, 3, side, side),),

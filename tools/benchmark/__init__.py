@@ -1,0 +1,1 @@
+"""Speed and memory of converted files against the forward pass and against other tools: `tools/bench`."""
