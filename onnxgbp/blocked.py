@@ -22,9 +22,9 @@ BLOCK = 16
 # min(1, max(0, 2^150 y)) is 1 for every y > 0 and 0 for y <= 0; no float32 holds the factor, two do.
 _WEIGHT, _SLOPE = 2.0**100, 2.0**50
 
-_ACTIVATIONS = frozenset({"Relu", "Sigmoid", "Tanh"})
+# Blocked where their input is.
+_FOLLOWING = frozenset("BatchNormalization GlobalAveragePool GlobalMaxPool Relu Resize Sigmoid Tanh Upsample".split())
 _FUSED = frozenset({"Clip", "HardSigmoid", "LeakyRelu"})  # known where they follow a convolution of their own
-_GLOBAL_POOLS = frozenset({"GlobalAveragePool", "GlobalMaxPool"})
 _POOLS = frozenset({"AveragePool", "MaxPool"})
 
 
@@ -71,7 +71,7 @@ def _stays(node: ir.Node, blocked: set[ir.Value]) -> bool:
     if node.op_type in _FUSED:
         maker = values[0].producer()
         return inside and maker is not None and maker.op_type == "Conv" and len(values[0].uses()) == 1
-    return inside and (node.op_type in _ACTIVATIONS | _GLOBAL_POOLS or node.op_type == "BatchNormalization")
+    return inside and node.op_type in _FOLLOWING
 
 
 def _aligned(value: ir.Value) -> bool:

@@ -6,6 +6,7 @@ The table at the end is the one place where a profile decides anything.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -94,6 +95,8 @@ def conv_grad_as_conv(op: Emit, node: ir.Node) -> ir.Value:
     strided = any(stride != 1 for stride in geometry.strides)
     begins = [reach - 1 - pad for reach, pad in zip(geometry.reach, pads, strict=False)]
     ends = [reach - 1 - pad for reach, pad in zip(geometry.reach, pads[rank:], strict=False)]
+    if strided and _has_blocked_phases(geometry, _ints(dims), group, x):
+        return _by_phases(op, *_scaled(op, dy, w), x, geometry)
     if strided and not (geometry.static and group == dims[0] and dims[1] == 1):
         return conv_grad(op, node)
     if min(begins + ends) < 0:  # padded by more than the kernel reaches: Conv cuts nothing off
@@ -103,6 +106,72 @@ def conv_grad_as_conv(op: Emit, node: ir.Node) -> ir.Value:
         dy = _spread_out(op, dy, x, geometry, group)
     turned = _turned(op, w, _ints(dims), group)
     return op.Conv(dy, turned, pads=begins + ends, dilations=geometry.dilations, group=group)
+
+
+def _has_blocked_phases(geometry: Window, dims: Sequence[int], group: int, x: ir.Value) -> bool:
+    return (
+        geometry.static
+        and group == 1
+        and not dims[0] % BLOCK
+        and not dims[1] % BLOCK
+        and x.dtype == ir.DataType.FLOAT
+        and geometry.strides == [2, 2]
+        and geometry.dilations == [1, 1]
+        and all(min(phase.pads) >= 0 for i in range(2) for phase in _phases(geometry, i))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+    """Every second element of one dim of dx, from `first` on: a Conv of dy with every second tap of the turned weight.
+
+    tap, taps: the first and how many; pads: of that Conv, at both ends.
+    """
+
+    first: int
+    tap: int
+    taps: int
+    pads: tuple[int, int]
+
+
+def _phases(geometry: Window, axis: int) -> list[_Phase]:
+    """dx[s i + e] = sum over j of w[r + s j] dy[q + i - j], with e + pad = s q + r; none for a phase without a tap."""
+    stride, kernel, pads = geometry.strides[axis], geometry.kernel[axis], geometry.pads or []
+    size, out = _ints(geometry.size)[axis], _ints(geometry.out)[axis]
+    count, phases = -(-size // stride), []
+    for first in range(stride):
+        start, rest = divmod(first + pads[axis], stride)
+        taps = len(range(rest, kernel, stride))
+        if taps:
+            ends = (taps - 1 - start, count - out + start)
+            phases.append(_Phase(first, (kernel - 1 - rest) % stride, taps, ends))
+    return phases
+
+
+def _by_phases(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Window) -> ir.Value:
+    """A strided Conv's gradient as a Conv for each phase of x, all blocked, laid out over x at the end.
+
+    No product with a zero, as there would be if dy were spread out first or the phases were one Conv.
+    """
+    dims = _ints(dims_of(w) or ())
+    channels, kernel = dims[1], geometry.kernel
+    turned, high, wide = _turned(op, w, dims, 1), *_ints(geometry.size)
+    parts, places = list[ir.Value](), list[np.ndarray[Any, Any]]()
+    for a, b in itertools.product(_phases(geometry, 0), _phases(geometry, 1)):
+        taps = turned
+        if [a.taps, b.taps] != kernel:
+            taps = op.Slice(turned, starts=[a.tap, b.tap], ends=kernel, axes=[2, 3], steps=[2, 2])
+            taps.shape = ir.Shape([channels, dims[0], a.taps, b.taps])
+        parts.append(op.Conv(dy, taps, pads=[a.pads[0], b.pads[0], a.pads[1], b.pads[1]]))
+        places.append(np.eye(4)[2 * a.first + b.first].reshape(1, 2, 2))
+    halves = [-(-high // 2), -(-wide // 2)]
+    if len(parts) > 1:  # beside each other for each channel, as a grouped ConvTranspose wants them
+        flat = [op.Reshape(part, [0, channels, 1, -1]) for part in parts]
+        together = op.Reshape(op.Concat(*flat, axis=2), [0, channels * len(parts), *halves])
+    else:
+        (together,) = parts
+    spread = op.like(np.tile(np.stack(places), (channels, 1, 1, 1)), x)
+    return op.ConvTranspose(together, spread, strides=[2, 2], pads=[0, 0, high % 2, wide % 2], group=channels)
 
 
 def _scaled(op: Emit, dy: ir.Value, w: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -306,6 +375,27 @@ def average_pool_grad(op: Emit, node: ir.Node) -> ir.Value:
     return op.private("SumPoolGrad", share, x, like=x, window=geometry)
 
 
+def average_pool_grad_blocked(op: Emit, node: ir.Node) -> ir.Value:
+    """Where each window counts alike: a pool again for a stride of 1; channel by channel where windows tile the input.
+
+    The first is blocked. Neither folds the channels into the batch, behind which its name would be lost.
+    """
+    dy, x, y = _operands(node)
+    geometry: Window = node.meta["window"]
+    counts = _window_counts(op, x, y, geometry, node.meta["count_include_pad"]) if geometry.static else None
+    elements, pads = int(np.prod(geometry.kernel)), geometry.pads or []
+    if counts != elements or set(geometry.dilations) != {1} or geometry.whole:
+        return average_pool_grad(op, node)
+    if set(geometry.strides) == {1}:
+        rests = [k - 1 - pad for k, pad in zip(geometry.kernel * 2, pads, strict=True)]
+        return op.AveragePool(dy, kernel_shape=geometry.kernel, pads=rests, count_include_pad=1)
+    channels = (dims_of(x) or (0, 0))[1]
+    if geometry.strides != geometry.kernel or any(pads) or not isinstance(channels, int):
+        return average_pool_grad(op, node)
+    share = op.like(np.full((channels, 1, *geometry.kernel), 1 / elements), x)
+    return _transposed(op, dy, share, x, geometry, channels)
+
+
 def _window_counts(op: Emit, x: ir.Value, y: ir.Value, geometry: Window, include_pad: bool) -> Operand:
     """By how many elements each window was divided: what lies beyond the padding never counts."""
     rank = geometry.rank
@@ -421,7 +511,7 @@ LOWERINGS: dict[str, dict[str, Lowering]] = {
     "ConvGrad": {"ort": conv_grad_as_conv, "portable": conv_grad_portable},
     # MaxPool's Indices and ScatterElements are wrong or missing in OpenCV, tinygrad, TVM and WebGPU.
     "MaxPoolGrad": {"ort": max_pool_by_comparison, "portable": max_pool_portable},
-    "AveragePoolGrad": {"ort": average_pool_grad, "portable": average_pool_grad},
+    "AveragePoolGrad": {"ort": average_pool_grad_blocked, "portable": average_pool_grad},
     "SumPoolGrad": {"ort": sum_pool_grad, "portable": sum_pool_grad},
 }
 PROFILES = tuple(dict.fromkeys(itertools.chain.from_iterable(LOWERINGS.values())))
