@@ -135,7 +135,7 @@ def _gate(op: Emit, node: ir.Node, blocked: set[ir.Value]) -> ir.Value | None:
     """Where(y > 0, d, 0), or Where(0 < y < top, d, 0) of a ReLU6, as a product with a mask of 0 and 1."""
     condition, d, zero = node.inputs
     maker = condition.producer() if condition is not None else None
-    if d is None or maker is None or constant_value(zero) != 0:
+    if d is None or maker is None or not _is_zero(zero):
         return None
     y, top = _bounds(maker)
     if y is None or y not in blocked or not _aligned(y) or dims_of(d) != dims_of(y):
@@ -149,6 +149,11 @@ def _gate(op: Emit, node: ir.Node, blocked: set[ir.Value]) -> ir.Value | None:
     return op.Mul(_entered(op, d, blocked), mask)
 
 
+def _is_zero(value: ir.Value | None) -> bool:
+    known = constant_value(value)
+    return known is not None and known.size == 1 and not known.any()
+
+
 def _bounds(node: ir.Node) -> tuple[ir.Value | None, float | None]:
     """Y and the upper bound, None for none, of a condition y > 0 or 0 < y < top; (None, None) for any other."""
     if node.op_type == "And":
@@ -159,7 +164,7 @@ def _bounds(node: ir.Node) -> tuple[ir.Value | None, float | None]:
             if y is not None and y is makers[1].inputs[0] and top is not None and top.size == 1:
                 return y, float(top.item())
         return None, None
-    if node.op_type != "Greater" or constant_value(node.inputs[1]) != 0:
+    if node.op_type != "Greater" or not _is_zero(node.inputs[1]):
         return None, None
     return node.inputs[0], None
 

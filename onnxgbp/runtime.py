@@ -121,10 +121,11 @@ class Explainer:
         threads: threads within one operator; None leaves it to ONNX Runtime.
         diagnose: find out why a map is blank or not finite, for the first such sample of a call. It takes one more run
             of the model on that sample, with every inner tensor kept.
+        warm_up: explains one sample of zeros here, so that the first call does not pay for memory and kernels.
 
     Raises:
-        OnnxgbpError: the model or an option cannot be used, no ONNX Runtime or two of them are installed, or CUDA was
-            asked for and does not work.
+        OnnxgbpError: the model or an option cannot be used, no ONNX Runtime or two of them are installed, CUDA was
+            asked for and does not work, or a warm-up of a model with free dims behind the batch.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Explainer:
         seed_scale: float | str = "auto",
         threads: int | None = None,
         diagnose: bool = True,
+        warm_up: bool = False,
     ) -> None:
         if provider not in _PROVIDERS:
             raise OnnxgbpError(f"no provider is called '{provider}': choose one of {', '.join(_PROVIDERS)}")
@@ -157,8 +159,8 @@ class Explainer:
         self._fixed_scale = None if seed_scale == "auto" else parse_seed_scale(seed_scale)
         what["seed_scale"] = self._fixed_scale
         self._options: dict[str, Any] = {**what, "provider": provider, "threads": threads, "diagnose": diagnose}
-        self._options["seed_scale"] = seed_scale
-        self._diagnose = diagnose
+        self._options |= {"seed_scale": seed_scale, "warm_up": warm_up}
+        self._diagnose = diagnose and not warm_up  # not of the zeros that it is warmed up with
         self._of_several: dict[int, Explainer] = {}
         self._lock = threading.Lock()
         # Absolute, so that a worker in another folder finds the same file.
@@ -182,6 +184,9 @@ class Explainer:
         self.provider = provider_of(self._session)
         """Where it runs: cpu or cuda."""
         self._read_interface(proto)
+        if warm_up:
+            self({spec.name: _zeros(spec) for spec in self.inputs})
+            self._diagnose = diagnose
 
     def _converted(self, source: Source) -> tuple[onnx.ModelProto, ir.Value | None]:
         """The model that runs, and the tensor that it explains."""
@@ -371,9 +376,12 @@ class Explainer:
         return _unpickle, (model, self._options)
 
     def __repr__(self) -> str:
-        said = {name: value for name, value in self._options.items() if value not in (None, ())}
-        if self._options["seed_scale"] == "auto":
-            del said["seed_scale"]
+        defaults = {"seed_scale": "auto", "diagnose": True, "warm_up": False}
+        said = {
+            name: value
+            for name, value in self._options.items()
+            if value not in (None, ()) and value != defaults.get(name)
+        }
         return f"Explainer({self.name!r}, {', '.join(f'{name}={value!r}' for name, value in said.items())})"
 
     def _feeds(self, x: Any) -> dict[str, Array]:
@@ -484,6 +492,16 @@ def scores_output(proto: onnx.ModelProto, explained: str, outputs: Sequence[str]
         if name == explained:
             return output
     return None
+
+
+def _zeros(spec: InputSpec) -> Array:
+    """One sample."""
+    shape = [dim if isinstance(dim, int) else 1 for dim in spec.shape[:1]]
+    for dim in spec.shape[1:]:
+        if not isinstance(dim, int):
+            raise OnnxgbpError(f"warm_up: {spec} has a free size '{dim or '?'}': leave it out, and call once yourself")
+        shape.append(dim)
+    return np.zeros(shape, spec.dtype)
 
 
 def _dtype(name: str, kind: str) -> np.dtype[Any]:

@@ -277,11 +277,22 @@ def test_pickles_by_path_and_options(mlp: onnx.ModelProto, tmp_path: Path, monke
     np.testing.assert_array_equal(held(X, 1).attribution, explainer(X, 1).attribution)
 
 
+def test_warm_up(mlp: onnx.ModelProto) -> None:
+    warm, cold = Explainer(mlp, provider="cpu", warm_up=True), Explainer(mlp, provider="cpu")
+    assert np.array_equal(warm(X).attribution, cold(X).attribution)
+    assert "warm_up=True" in repr(pickle.loads(pickle.dumps(warm)))
+    free = model_of(
+        """<ir_version: 8, opset_import: ["": 17]> free (float[N,L] x) => (float[N,L] y) { y = Relu(x) }""",
+    )
+    with pytest.raises(OnnxgbpError, match="free size 'L'"):
+        Explainer(free, provider="cpu", warm_up=True)
+
+
 def test_threads_give_the_same_bits(mlp: onnx.ModelProto) -> None:
     explainer = Explainer(mlp)
     batches = [RNG.standard_normal((n % 5 + 1, 5)).astype(np.float32) for n in range(64)]
     expected = [explainer(batch, n % 4) for n, batch in enumerate(batches)]
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(16) as pool:
         results = list(pool.map(lambda pair: explainer(pair[1], pair[0] % 4), enumerate(batches)))
     for result, alone in zip(results, expected, strict=True):
         np.testing.assert_array_equal(result.attribution, alone.attribution)

@@ -1,0 +1,215 @@
+"""The spellings of the ort profile that stay in ONNX Runtime's blocked layout: the same maps, and that they do stay."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from checking import Array, cosine, ort_run, small_model
+from onnx import helper
+
+import onnxgbp
+
+METHODS = ("gradient", "deconvnet", "guided")
+RNG = np.random.default_rng(3)
+
+
+def node(operator: str, inputs: list[str], outputs: list[str], **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(operator, inputs, outputs, **attributes)
+
+
+def weight(*shape: int) -> Array:
+    return (RNG.standard_normal(shape) / np.sqrt(np.prod(shape[1:]) / 2)).astype(np.float32)
+
+
+def net(
+    *nodes: onnx.NodeProto, size: int = 13, batch: int | str = "N", opset: int = 17, **constants: Array
+) -> onnx.ModelProto:
+    """x [N, 16, size, size] through the nodes, from `a` to `b`, between two convolutions; all of `b` is explained."""
+    given = {"w1": weight(16, 16, 3, 3), "w2": weight(32, 16, 1, 1), **constants}
+    before = node("Conv", ["x", "w1"], ["a"], name="first", pads=[1, 1, 1, 1])
+    return small_model(
+        [before, *nodes, node("Conv", ["b", "w2"], ["y"], name="last")],
+        {"x": [batch, 16, size, size]},
+        ("y",),
+        given,
+        opset=opset,
+    )
+
+
+def maps(model: onnx.ModelProto, x: Array, method: str) -> list[Array]:
+    """The attribution of every position of channel 3, by the ort and by the portable profile."""
+    converted = (
+        onnxgbp.convert(model, method=method, output="y", unit=3, profile=profile) for profile in ("ort", "portable")
+    )
+    return [ort_run(each, {"x": x})["attribution"] for each in converted]
+
+
+def photos(size: int = 13, batch: int = 2) -> Array:
+    return RNG.standard_normal((batch, 16, size, size)).astype(np.float32)
+
+
+CLIP = {"zero": np.array(0, np.float32), "six": np.array(6, np.float32)}
+BLOCKS: dict[str, tuple[list[onnx.NodeProto], dict[str, Array]]] = {
+    "relu": ([node("Relu", ["a"], ["b"])], {}),
+    "relu6": ([node("Clip", ["a", "zero", "six"], ["b"])], CLIP),
+    "sigmoid": ([node("Sigmoid", ["a"], ["s"]), node("Mul", ["a", "s"], ["b"])], {}),
+    "residual": ([node("Relu", ["a"], ["r"]), node("Add", ["r", "a"], ["s"]), node("Relu", ["s"], ["b"])], {}),
+    "concat": (
+        [
+            node("Relu", ["a"], ["r"]),
+            node("Concat", ["r", "a"], ["c"], axis=1),
+            node("Conv", ["c", "w3"], ["d"]),
+            node("Relu", ["d"], ["b"]),
+        ],
+        {"w3": weight(16, 32, 1, 1)},
+    ),
+    "norm": (
+        [node("BatchNormalization", ["a", "scale", "bias", "bias", "var"], ["n"]), node("Relu", ["n"], ["b"])],
+        {name: RNG.uniform(0.5, 2, 16).astype(np.float32) for name in ("scale", "bias", "var")},
+    ),
+    "dense layer": (
+        [
+            node("BatchNormalization", ["a", "scale", "bias", "bias", "var"], ["n"]),
+            node("Relu", ["n"], ["r"]),
+            node("Conv", ["r", "w3"], ["d"]),
+            node("Add", ["d", "a"], ["b"]),
+        ],
+        {name: RNG.uniform(0.5, 2, 16).astype(np.float32) for name in ("scale", "bias", "var")}
+        | {"w3": weight(16, 16, 1, 1)},
+    ),
+    "groups": (
+        [node("Conv", ["a", "w3"], ["d"], group=2, pads=[1, 1, 1, 1]), node("Relu", ["d"], ["b"])],
+        {"w3": weight(16, 8, 3, 3)},
+    ),
+    "dilated": (
+        [node("Conv", ["a", "w3"], ["d"], dilations=[2, 1], pads=[2, 0, 1, 2]), node("Relu", ["d"], ["b"])],
+        {"w3": weight(16, 16, 3, 3)},
+    ),
+}
+for kernel, stride, pads in ((3, 2, [1, 1, 1, 1]), (3, 2, [0, 0, 0, 0]), (1, 2, [0] * 4), (5, 2, [2, 1, 0, 2])):
+    geometry = {"kernel_shape": [kernel, kernel], "strides": [stride, stride], "pads": pads}
+    BLOCKS[f"conv {kernel}/{stride} {pads}"] = (
+        [node("Conv", ["a", "w3"], ["d"], **geometry), node("Relu", ["d"], ["b"])],
+        {"w3": weight(16, 16, kernel, kernel)},
+    )
+    BLOCKS[f"depthwise {kernel}/{stride} {pads}"] = (
+        [node("Conv", ["a", "w3"], ["d"], group=16, **geometry), node("Relu", ["d"], ["b"])],
+        {"w3": weight(16, 1, kernel, kernel)},
+    )
+for kernel, stride, pads, ceil in ((2, 2, [0] * 4, 0), (3, 2, [1] * 4, 0), (3, 2, [0] * 4, 1), (3, 1, [1, 1, 1, 1], 0)):
+    geometry = {"kernel_shape": [kernel, kernel], "strides": [stride, stride], "pads": pads, "ceil_mode": ceil}
+    relu = node("Relu", ["a"], ["r"])
+    BLOCKS[f"max pool {kernel}/{stride} {pads} {ceil}"] = ([relu, node("MaxPool", ["r"], ["b"], **geometry)], {})
+    BLOCKS[f"average pool {kernel}/{stride} {pads} {ceil}"] = (
+        [relu, node("AveragePool", ["r"], ["b"], count_include_pad=1, **geometry)],
+        {},
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [12, 13])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_both_profiles_give_one_map(name: str, size: int, method: str) -> None:
+    nodes, constants = BLOCKS[name]
+    fast, portable = maps(net(*nodes, size=size, **constants), photos(size), method)
+    assert np.any(portable)
+    assert cosine(fast, portable) >= 0.999999
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("opset", [9, 10, 13])
+def test_older_opsets(opset: int, method: str) -> None:
+    pool = node("MaxPool", ["r"], ["b"], kernel_shape=[3, 3], strides=[2, 2])
+    model = net(node("Relu", ["a"], ["r"]), pool, opset=opset)
+    fast, portable = maps(model, photos(), method)
+    assert onnxgbp.convert(model, output="y", unit=3).opset_import[0].version == opset
+    assert cosine(fast, portable) >= 0.999999
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu6"])
+def test_a_mask_is_exact_at_the_ends_and_near_them(kind: str) -> None:
+    """From 0 and -0 over the smallest normal number to the neighbours of 6: open strictly between the bounds."""
+    nodes, constants = BLOCKS[kind]
+    six = np.float32(6)
+    edges = [
+        0.0,
+        -0.0,
+        1.2e-38,
+        -1.2e-38,
+        1e-30,
+        1e-7,
+        1.0,
+        -1.0,
+        np.nextafter(six, 0),
+        six,
+        np.nextafter(six, 7),
+        1e30,
+    ]
+    x = np.resize(np.array(edges, np.float32), (1, 16, 13, 13))
+    identity = np.zeros((16, 16, 3, 3), np.float32)
+    identity[range(16), range(16), 1, 1] = 1
+    model = net(*nodes, w1=identity, **constants)
+    open_at = (x > 0) & (x < 6) if kind == "relu6" else x > 0
+    fast, _ = maps(model, x, "gradient")
+    assert np.array_equal(fast != 0, open_at)
+
+
+@pytest.mark.parametrize(("kernel", "pads"), [(2, [0] * 4), (3, [0] * 4), (3, [1] * 4)])
+def test_the_first_maximum_wins_every_tie(kernel: int, pads: list[int]) -> None:
+    """Whole numbers from 0 to 2, so that most windows have several maxima, and many nothing but zeros."""
+    pool = node("MaxPool", ["a"], ["b"], kernel_shape=[kernel, kernel], strides=[2, 2], pads=pads)
+    identity = np.zeros((16, 16, 3, 3), np.float32)
+    identity[range(16), range(16), 1, 1] = 1
+    x = RNG.integers(0, 3, (2, 16, 12, 12)).astype(np.float32)
+    x[0, :8] = 0
+    fast, portable = maps(net(pool, size=12, w1=identity), x, "gradient")
+    assert np.array_equal(fast != 0, portable != 0)
+    assert np.allclose(fast, portable, rtol=1e-6)
+
+
+def test_negative_maxima_beat_the_padding() -> None:
+    pool = node("MaxPool", ["a"], ["b"], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+    identity = np.zeros((16, 16, 3, 3), np.float32)
+    identity[range(16), range(16), 1, 1] = 1
+    fast, portable = maps(net(pool, size=12, w1=identity), -1 - np.abs(photos(12)), "gradient")
+    assert np.array_equal(fast != 0, portable != 0)
+
+
+def renamed(last: onnx.NodeProto, output: str) -> onnx.NodeProto:
+    """The same node with another output."""
+    copy = onnx.NodeProto.FromString(last.SerializeToString())
+    copy.output[0] = output
+    return copy
+
+
+def operators(model: onnx.ModelProto, folder: Path) -> collections.Counter[str]:
+    """What ONNX Runtime makes of a model."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 3  # that the file fits this processor alone is what is wanted
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(folder / "optimised.onnx").graph.node
+    return collections.Counter(f"{each.domain}::{each.op_type}" for each in nodes)
+
+
+@pytest.mark.parametrize("batch", ["N", 2])
+@pytest.mark.parametrize("name", ["relu", "relu6", "residual", "conv 3/2 [1, 1, 1, 1]", "max pool 3/2 [0, 0, 0, 0] 1"])
+def test_nothing_leaves_the_blocked_layout(name: str, batch: int | str, tmp_path: Path) -> None:
+    nodes, constants = BLOCKS[name]
+    classes = node("GlobalAveragePool", ["c"], ["b"])
+    model = net(*nodes[:-1], renamed(nodes[-1], "c"), classes, size=12, batch=batch, **constants)
+    if "com.microsoft.nchwc::Conv" not in operators(model, tmp_path):
+        pytest.skip("ONNX Runtime has no blocked layout on this processor")
+    found = operators(onnxgbp.convert(model), tmp_path)
+    assert not {"::Where", "::Greater", "::Conv", "com.microsoft::FusedConv"} & set(found)
+    # x, the seed and the gradient behind the pool enter, their like leave; so does what is laid out over a stride: a
+    # part for each phase, or for each element of a window.
+    laid_out = found["::ConvTranspose"]
+    assert found["com.microsoft.nchwc::ReorderInput"] <= 3 + 2 * laid_out
+    assert found["com.microsoft.nchwc::ReorderOutput"] <= 3 + 10 * laid_out
