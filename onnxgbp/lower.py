@@ -95,7 +95,7 @@ def conv_grad_as_conv(op: Emit, node: ir.Node) -> ir.Value:
     strided = any(stride != 1 for stride in geometry.strides)
     begins = [reach - 1 - pad for reach, pad in zip(geometry.reach, pads, strict=False)]
     ends = [reach - 1 - pad for reach, pad in zip(geometry.reach, pads[rank:], strict=False)]
-    if strided and _has_blocked_phases(geometry, _ints(dims), group, x):
+    if strided and op.opset >= 10 and _has_blocked_phases(geometry, _ints(dims), group, x):  # Slice has steps since
         return _by_phases(op, *_scaled(op, dy, w), x, geometry)
     if strided and not (geometry.static and group == dims[0] and dims[1] == 1):
         return conv_grad(op, node)

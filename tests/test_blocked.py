@@ -125,8 +125,9 @@ def test_both_profiles_give_one_map(name: str, size: int, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("opset", [9, 10, 13])
 def test_older_opsets(opset: int, method: str) -> None:
+    strided = node("Conv", ["a", "w3"], ["c"], strides=[2, 2], pads=[1, 1, 1, 1])
     pool = node("MaxPool", ["r"], ["b"], kernel_shape=[3, 3], strides=[2, 2])
-    model = net(node("Relu", ["a"], ["r"]), pool, opset=opset)
+    model = net(strided, node("Relu", ["c"], ["r"]), pool, opset=opset, w3=weight(16, 16, 3, 3))
     fast, portable = maps(model, photos(), method)
     assert onnxgbp.convert(model, output="y", unit=3).opset_import[0].version == opset
     assert cosine(fast, portable) >= 0.999999
