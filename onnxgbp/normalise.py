@@ -24,7 +24,7 @@ from onnxgbp.emit import Emit
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.step import Step, label
 from onnxgbp.vjps import VJPS, ZERO_GRADIENT
-from onnxgbp.vjps.classic import SQUASHING, find_scores, linear_scores, scores_name
+from onnxgbp.vjps.classic import find_scores, hides_scores, scores_name, write_scores
 
 __all__ = ["expandable", "normalise"]
 
@@ -82,17 +82,14 @@ def _is_fused(node: ir.Node) -> bool:
 
 
 def _hides_scores(node: ir.Node) -> bool:
-    """Whether a linear classifier of scikit-learn's gives probabilities, with its scores nowhere in the graph."""
-    graph = node.graph
-    if _key(node) != "ai.onnx.ml::LinearClassifier" or len(node.outputs) < 2 or graph is None:
-        return False
-    return str(Step(node).argument("post_transform")) in SQUASHING and find_scores(graph, node) is None
+    """Whether a classifier of scikit-learn's hides the scores of its classes, which are nowhere in the graph yet."""
+    return node.graph is not None and hides_scores(node) and find_scores(node.graph, node) is None
 
 
 def _write_scores(op: Emit, node: ir.Node) -> None:
     """Writes the scores beside the classifier, which stays as it is: what does not need them is cleaned up later."""
     op.scope = label(node)
-    scores = linear_scores(op, Step(node))
+    scores = write_scores(op, Step(node))
     scores.name = scores_name(node)
     op.graph.insert_after(node, op.take())
 

@@ -8,6 +8,7 @@ of sizes. So shapes that are computed from `Shape` nodes, as exporters write the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +17,8 @@ import onnx_ir as ir
 
 from onnxgbp.branches import loop_states
 from onnxgbp.constants import FOLDABLE, SMALL, evaluate, is_constant
+from onnxgbp.step import Step
+from onnxgbp.vjps import svm
 
 __all__ = ["infer_shapes"]
 
@@ -174,22 +177,28 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> tu
             types[entry.proto.output[0]] = types[inputs[0]]
         if entry.node.op_type == "MaxUnpool" and len(inputs) == 3:
             _unpooled(entry, types, known)
-        if entry.node.op_type == "LinearRegressor":
-            _regressed(entry, types)
+        if entry.node.op_type in _SCORES:
+            _scored(entry, types)
         if entry.node.op_type in _POOLS:
             _drop_outer_windows(entry, types)
         _compute(entry, types, known)
     return types, known
 
 
-def _regressed(entry: _Node, types: Types) -> None:
-    """One row of targets per sample."""
-    x, node = types[entry.proto.input[0]].tensor_type, entry.node
-    targets = node.attributes["targets"].as_int() if "targets" in node.attributes else 1
+# Operators of ai.onnx.ml whose last output has one row of scores per sample -> how many.
+_SCORES: dict[str, Callable[[Step], int]] = {
+    "LinearRegressor": lambda step: int(step.argument("targets")),
+    "SVMClassifier": svm.columns,
+    "SVMRegressor": lambda _: 1,
+}
+
+
+def _scored(entry: _Node, types: Types) -> None:
+    x, columns = types[entry.proto.input[0]].tensor_type, _SCORES[entry.node.op_type](Step(entry.node))
     dims = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in x.shape.dim]
     if dims:
-        made = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [*dims[:-1], targets])
-        types[entry.proto.output[0]] = made
+        made = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [*dims[:-1], columns])
+        types[entry.proto.output[-1]] = made
 
 
 def _unpooled(entry: _Node, types: Types, known: dict[str, onnx.TensorProto]) -> None:

@@ -17,7 +17,7 @@ from onnxgbp.emit import Dims, Emit, dims_of, is_float
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.labels import find_label
 from onnxgbp.step import label
-from onnxgbp.vjps.classic import find_scores
+from onnxgbp.vjps.classic import find_scores, hides_scores
 
 __all__ = [
     "SEEDS",
@@ -287,7 +287,7 @@ def _behind_squashing(output: ir.Value) -> Explained:
     # scikit-learn's classifier squashes by itself, and a Normalizer may make its probabilities add up to 1.
     value, stripped = _walk_back(output, {*_CARRIES_SCORES, "Normalizer"})
     node = value.producer()
-    if node is not None and node.op_type == "LinearClassifier" and value in node.outputs[1:] and node.graph is not None:
+    if node is not None and hides_scores(node) and value in node.outputs[1:] and node.graph is not None:
         scores = find_scores(node.graph, node)
         if scores is not None:
             return Explained(scores, output, (*stripped, node))

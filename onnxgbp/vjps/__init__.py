@@ -17,13 +17,14 @@ from onnxgbp.vjps import (
     sample,
     shape,
     signal,
+    svm,
 )
 from onnxgbp.vjps.entry import Entry
 
 __all__ = ["FAMILIES", "VJPS", "ZERO_GRADIENT", "Entry"]
 
 FAMILIES = {
-    "classic": classic.VJPS,
+    "classic": classic.VJPS | svm.VJPS,
     "control flow": control.VJPS,
     "elementwise": elementwise.VJPS,
     "indexing": indexing.VJPS,

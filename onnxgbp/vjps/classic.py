@@ -13,16 +13,15 @@ from onnxgbp.emit import Emit, dims_of
 from onnxgbp.step import Step
 from onnxgbp.vjps.entry import inputs
 from onnxgbp.vjps.shape import contract, copies
+from onnxgbp.vjps.squashing import SQUASHING, labels_of, squashed
+from onnxgbp.vjps.svm import class_scores, votes
 
-__all__ = ["SQUASHING", "TREES", "VJPS", "find_scores", "linear_scores", "scores_name"]
+__all__ = ["TREES", "VJPS", "find_scores", "hides_scores", "scores_name", "write_scores"]
 
 TREES = {
     f"ai.onnx.ml::{name}": "a tree ensemble is piecewise constant: it has no gradient"
     for name in ("TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor")
 }
-
-# What makes probabilities of a LinearClassifier's scores.
-SQUASHING = frozenset({"LOGISTIC", "SOFTMAX", "SOFTMAX_ZERO"})
 
 
 def scaler_x(op: Emit, s: Step) -> ir.Value:
@@ -42,7 +41,7 @@ def normalizer_x(op: Emit, s: Step) -> ir.Value:
 
 
 def scores_name(classifier: ir.Node) -> str:
-    """What the scores behind the probabilities of a LinearClassifier are called."""
+    """What the scores behind a classifier's probabilities are called."""
     return f"{classifier.outputs[1].name}/scores"
 
 
@@ -51,7 +50,24 @@ def find_scores(graph: ir.Graph, classifier: ir.Node) -> ir.Value | None:
     return next((value for node in graph for value in node.outputs if value.name == name), None)
 
 
-def linear_scores(op: Emit, s: Step) -> ir.Value:
+def hides_scores(node: ir.Node) -> bool:
+    """Whether what a classifier of scikit-learn's returns beside its label is no score of each class.
+
+    Either its post_transform has made probabilities of the scores, or they are of pairs of classes.
+    """
+    kind = f"{node.domain}::{node.op_type}"
+    if kind not in ("ai.onnx.ml::LinearClassifier", "ai.onnx.ml::SVMClassifier") or len(node.outputs) < 2:
+        return False
+    s = Step(node)
+    return str(s.argument("post_transform")) in SQUASHING or (node.op_type == "SVMClassifier" and votes(s))
+
+
+def write_scores(op: Emit, s: Step) -> ir.Value:
+    """The scores of each class before any probability, [N, classes], float32."""
+    return class_scores(op, s) if s.node.op_type == "SVMClassifier" else _linear_scores(op, s)
+
+
+def _linear_scores(op: Emit, s: Step) -> ir.Value:
     """The scores x W' + b of a LinearClassifier before its post_transform, [N, classes], float32."""
     weight, bias = _weight(s)
     x = s.x if s.x.dtype == ir.DataType.FLOAT else op.Cast(s.x, to=int(ir.DataType.FLOAT))
@@ -61,7 +77,7 @@ def linear_scores(op: Emit, s: Step) -> ir.Value:
 def _weight(s: Step) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """W [outputs, features] and b [outputs]; the single row that tells two classes apart stands for both."""
     numbers, given = np.asarray(s.argument("coefficients"), np.float32), s.argument("intercepts")
-    features, labels = (dims_of(s.x) or (None,))[-1], _labels(s)
+    features, labels = (dims_of(s.x) or (None,))[-1], labels_of(s)
     rows = len(given) if given is not None else numbers.size // features if isinstance(features, int) else labels
     if not rows or numbers.size % rows:
         raise s.refuse(f"its {numbers.size} coefficients do not make {rows} rows")
@@ -72,10 +88,6 @@ def _weight(s: Step) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     return weight, bias
 
 
-def _labels(s: Step) -> int:
-    return max(len(s.argument(f"classlabels_{kind}") or ()) for kind in ("ints", "strings"))
-
-
 def linear_classifier_x(op: Emit, s: Step) -> ir.Value:
     """dx = dz W, with dz = dy f'(z) where the post_transform f makes probabilities p of the scores z."""
     scores, dy = s.node.outputs[1], s.dys[1]
@@ -83,14 +95,9 @@ def linear_classifier_x(op: Emit, s: Step) -> ir.Value:
         raise s.refuse("only its label is explained, which has no gradient")
     weight, _ = _weight(s)
     kind = str(s.argument("post_transform"))
-    if kind.startswith("SOFTMAX") and _labels(s) == 2 and np.asarray(s.argument("coefficients")).size < weight.size:
+    if kind.startswith("SOFTMAX") and labels_of(s) == 2 and np.asarray(s.argument("coefficients")).size < weight.size:
         raise s.refuse(f"one row of coefficients with post_transform {kind}, which ONNX Runtime leaves out")
-    if kind == "LOGISTIC":
-        dy = op.Mul(dy, op.Mul(scores, op.Sub(op.like(1, scores), scores)))
-    elif kind.startswith("SOFTMAX"):  # SOFTMAX_ZERO gives a score of 0 the probability 0, and so the slope 0
-        dy = op.Mul(scores, op.Sub(dy, op.ReduceSum(op.Mul(dy, scores), axes=[1], keepdims=1)))
-    elif kind != "NONE":
-        raise s.refuse(f"its post_transform {kind} has no rule")
+    dy = squashed(op, s, kind, scores, dy)
     return op.cast_like(op.MatMul(dy, op.like(weight, scores)), s.x)
 
 
