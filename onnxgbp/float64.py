@@ -22,7 +22,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_scatter_elements import ScatterElements as _ScatterElements
 
 from onnxgbp.float64_recurrent import GRU, LSTM, RNN
-from onnxgbp.float64_sampling import AffineGrid, GridSample
+from onnxgbp.float64_sampling import AffineGrid, DeformConv, GridSample
 
 __all__ = ["evaluator", "to_float64"]
 
@@ -384,6 +384,7 @@ _KERNELS = [
     BatchNormalization,
     Conv,
     ConvTranspose,
+    DeformConv,
     Erf,
     GRU,
     GatherElements,

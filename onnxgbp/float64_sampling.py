@@ -1,15 +1,15 @@
-"""GridSample and AffineGrid for onnx's reference evaluator, whose own answer in float32, and slowly."""
+"""GridSample, AffineGrid and DeformConv for onnx's reference evaluator, whose own answer in float32, and slowly."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from onnx.reference.op_run import OpRun
 
-__all__ = ["AffineGrid", "GridSample"]
+__all__ = ["AffineGrid", "DeformConv", "GridSample"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -84,3 +84,62 @@ class AffineGrid(OpRun):
         ]
         places = np.stack([*np.meshgrid(*along, indexing="ij")[::-1], np.ones(spatial)], axis=-1)
         return (np.einsum("...j,nkj->n...k", places, theta).astype(theta.dtype),)
+
+
+class DeformConv(OpRun):
+    op_domain = ""
+
+    def _run(
+        self,
+        x: Array,
+        w: Array,
+        offset: Array,
+        b: Array | None = None,
+        mask: Array | None = None,
+        dilations: Sequence[int] | None = None,
+        group: int = 1,
+        kernel_shape: Sequence[int] | None = None,  # noqa: ARG002 - it is that of the weights
+        offset_group: int = 1,
+        pads: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> tuple[Array]:
+        rank, kernel = x.ndim - 2, w.shape[2:]
+        batch, channels, out = len(x), x.shape[1], offset.shape[2:]
+        moved = offset.reshape(batch, offset_group, *kernel, rank, *out)
+        masks = None if mask is None else mask.reshape(batch, offset_group, *kernel, *out)
+        starts = [
+            (np.arange(size) * stride - begin).reshape([-1 if axis == i else 1 for axis in range(rank)])
+            for i, (size, stride, begin) in enumerate(
+                zip(out, strides or [1] * rank, (pads or [0] * rank)[:rank], strict=True)
+            )
+        ]
+        y = np.zeros((batch, w.shape[0], *out), x.dtype)
+        filters = w.reshape(group, -1, *w.shape[1:])
+        share = channels // offset_group
+        for tap in np.ndindex(*kernel):
+            sampled = []
+            for g in range(offset_group):
+                at: Any = (slice(None), g, *tap)
+                along = [starts[i] + tap[i] * (dilations or [1] * rank)[i] + moved[(*at, i)] for i in range(rank)]
+                values = _linear(x[:, g * share : (g + 1) * share], along)
+                sampled.append(values if masks is None else values * masks[at][:, None])
+            columns = np.concatenate(sampled, axis=1).reshape(batch, group, -1, *out)
+            weights = filters[(slice(None), slice(None), slice(None), *tap)]
+            y += np.einsum("goc,ngc...->ngo...", weights, columns).reshape(y.shape)
+        return (y if b is None else y + b.reshape(-1, *[1] * rank),)
+
+
+def _linear(x: Array, places: Sequence[Array]) -> Array:
+    """Images [N, C, D...] at places [N, O...] for each axis, counted in pixels, with zeros around: [N, C, O...]."""
+    rank = len(places)
+    batch = np.arange(len(x)).reshape(-1, *[1] * rank)
+    total: Array = np.zeros((*np.broadcast(batch, *places).shape, x.shape[1]), x.dtype)
+    for corner in itertools.product((0, 1), repeat=rank):
+        pixels = [np.floor(place).astype(np.int64) + one for place, one in zip(places, corner, strict=True)]
+        weight = np.prod([1 - np.abs(place - pixel) for place, pixel in zip(places, pixels, strict=True)], axis=0)
+        for pixel, size in zip(pixels, x.shape[2:], strict=True):
+            weight = np.where((pixel >= 0) & (pixel < size), weight, 0)
+        inside = [np.clip(pixel, 0, size - 1) for pixel, size in zip(pixels, x.shape[2:], strict=True)]
+        at: Any = (batch, slice(None), *inside)
+        total += weight[..., None] * x[at]
+    return np.moveaxis(total, -1, 1)

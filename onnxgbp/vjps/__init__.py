@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnxgbp.vjps import (
     classic,
     control,
+    deform,
     elementwise,
     indexing,
     linear,
@@ -34,7 +35,7 @@ FAMILIES = {
     "quantisation": quantised.VJPS,
     "recurrent": recurrent.VJPS,
     "reduction": reduce.VJPS,
-    "sampling": resize.VJPS | sample.VJPS,
+    "sampling": deform.VJPS | resize.VJPS | sample.VJPS,
     "shape": shape.VJPS,
     "signal": signal.VJPS,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +13,7 @@ from onnxgbp.emit import Emit
 from onnxgbp.step import Step
 from onnxgbp.vjps.entry import inputs
 
-__all__ = ["VJPS"]
+__all__ = ["VJPS", "Taps"]
 
 _INT64 = int(ir.DataType.INT64)
 
@@ -32,28 +33,28 @@ _TAPS = {
 _MODES = {"bilinear": "linear", "bicubic": "cubic"}  # as opset 16 called them
 
 
-class _Taps:
-    """The K^r pixels that a GridSample reads for each place, K along each of r spatial axes, with their weights.
+class Taps:
+    """The K^r pixels that are read for each place, K along each of r spatial axes, with their weights.
 
-    For x [N, C, D...] and grid [N, O..., r]: P is the number of places; every tensor is [N, 1, P, K, ..., K], with 1
-    for the axes that it does not vary along. What lies beyond the image is padded pixel by pixel, as torch and ONNX
-    Runtime do; for linear sampling that is the same as to pad the places.
+    For x [N, C, D...] and P places: every tensor is [N, 1, P, K, ..., K], with 1 for the axes that it does not vary
+    along. What lies beyond the image is padded pixel by pixel, as torch and ONNX Runtime do; for linear sampling that
+    is the same as to pad the places.
     """
 
-    def __init__(self, op: Emit, s: Step) -> None:
-        self.op, self.s, self.count = op, s, s.rank() - 2
-        mode = str(s.argument("mode"))
-        first, self.weights = _TAPS[_MODES.get(mode, mode)]
-        self.sizes = [op.dim(s.x, s.rank() - 1 - i) for i in range(self.count)]  # the grid names the last axis first
-        self.scales, places = [], []
-        for i, size in enumerate(self.sizes):
-            number, aligned = op.cast_like(size, s.x), bool(s.argument("align_corners"))
-            grid = op.Reshape(
-                op.Slice(s.input(1), starts=[i], ends=[i + 1], axes=[s.rank() - 1]), [0, 1, -1, *[1] * self.count]
-            )
-            self.scales.append(op.Div(op.Sub(number, 1) if aligned else number, 2))
-            ahead = op.Add(grid, 1)
-            places.append(op.Mul(ahead, self.scales[i]) if aligned else op.Div(op.Sub(op.Mul(ahead, number), 1), 2))
+    def __init__(
+        self,
+        op: Emit,
+        x: ir.Value,
+        places: Sequence[ir.Value],
+        mode: str = "linear",
+        padding: str = "zeros",
+        *,
+        aligned: bool = False,
+    ) -> None:
+        """places: of each spatial axis, the last axis first, counted in pixels, [N, 1, P, 1, ..., 1]."""
+        self.op, self.x, self.count, self.padding, self.aligned = op, x, len(places), padding, aligned
+        first, self.weights = _TAPS[mode]
+        self.sizes = [op.dim(x, self.count + 1 - i) for i in range(self.count)]
         lows = [op.Round(place) if mode == "nearest" else op.Floor(place) for place in places]
         self.fractions = [op.Sub(place, low) for place, low in zip(places, lows, strict=True)]
         reach = first + np.arange(len(self.weights))
@@ -67,12 +68,12 @@ class _Taps:
     def _inside(self, i: int) -> ir.Value:
         """The pixel of the image that stands for one that may lie beyond it."""
         op, last = self.op, self.op.Sub(self.sizes[i], [1])
-        if str(self.s.argument("padding_mode")) != "reflection":
+        if self.padding != "reflection":
             return op.Min(op.Max(self.pixels[i], [0]), last)
         # The mirrors stand in the middle of the outermost pixels, or at their outer edge.
-        whole = op.Mul(last if self.s.argument("align_corners") else self.sizes[i], [2])
+        whole = op.Mul(last if self.aligned else self.sizes[i], [2])
         place = op.Mod(self.pixels[i], op.Max(whole, [1]))
-        far = whole if self.s.argument("align_corners") else op.Sub(whole, [1])
+        far = whole if self.aligned else op.Sub(whole, [1])
         return op.Min(place, op.Sub(far, place))
 
     def weight(self, i: int, *, slope: bool = False) -> ir.Value:
@@ -80,14 +81,14 @@ class _Taps:
         polynomials = [weight.deriv() if slope else weight for weight in self.weights]
         degree = max(len(polynomial.coef) for polynomial in polynomials)
         table = np.array([np.pad(polynomial.coef, (0, degree - len(polynomial.coef))) for polynomial in polynomials])
-        terms = [self.op.cast_like(self._along(i, column), self.s.x) for column in table.T[::-1]]
+        terms = [self.op.cast_like(self._along(i, column), self.x) for column in table.T[::-1]]
         return functools.reduce(lambda sum_, term: self.op.Add(self.op.Mul(sum_, self.fractions[i]), term), terms)
 
     def weigh(self, slope: int | None = None) -> ir.Value:
         """The weight of each pixel, or how fast it changes along one axis; 0 for what is padded with zeros."""
         op, product = self.op, self.op.Mul
         weight = functools.reduce(product, [self.weight(i, slope=i == slope) for i in range(self.count)])
-        if str(self.s.argument("padding_mode")) != "zeros":
+        if self.padding != "zeros":
             return weight
         real = functools.reduce(op.And, [op.Equal(a, b) for a, b in zip(self.pixels, self.kept, strict=True)])
         return op.Where(real, weight, op.like(0, weight))
@@ -97,34 +98,57 @@ class _Taps:
         op, flat = self.op, self.kept[-1]
         for i in range(self.count - 2, -1, -1):
             flat = op.Add(op.Mul(flat, self.sizes[i]), self.kept[i])
-        channels = op.vector(1, op.dim(self.s.x, 1), 1)
+        channels = op.vector(1, op.dim(self.x, 1), 1)
         return op.Expand(op.Reshape(flat, [0, 1, -1]), channels)
 
-    def arriving(self) -> ir.Value:
-        """Dy, [N, C, P, 1, ..., 1]."""
-        return self.op.Reshape(self.s.dy, [0, 0, -1, *[1] * self.count])
+    def arriving(self, gradient: ir.Value) -> ir.Value:
+        """A gradient [N, C, P...] as [N, C, P, 1, ..., 1]."""
+        return self.op.Reshape(gradient, [0, 0, -1, *[1] * self.count])
+
+    def to_image(self, gradient: ir.Value) -> ir.Value:
+        """What arrives at the places goes to the pixels they were made of by their weights, and adds up there."""
+        op = self.op
+        shares = op.Reshape(op.Mul(self.arriving(gradient), self.weigh()), [0, 0, -1])
+        image = op.Reshape(op.zeros_like(self.x), [0, 0, -1])
+        return op.ScatterElements(image, self.index(), shares, axis=2, reduction="add")
+
+    def values(self) -> ir.Value:
+        """The pixels themselves, [N, C, P, K, ..., K]."""
+        op, image = self.op, self.op.Reshape(self.x, [0, 0, -1])
+        kernel = [len(self.weights)] * self.count
+        return op.Reshape(op.GatherElements(image, self.index(), axis=2), [0, 0, -1, *kernel])
+
+    def to_places(self, pulls: ir.Value, i: int) -> ir.Value:
+        """The slope along one axis at each place, [N, P], of pixels weighed by what arrives, [N, 1, P, K, ..., K]."""
+        slope = self.op.Mul(pulls, self.weigh(slope=i))
+        return self.op.ReduceSum(slope, axes=[1, *range(3, 3 + self.count)], keepdims=0)
+
+
+def _grid_taps(op: Emit, s: Step) -> tuple[Taps, list[ir.Value]]:
+    """The pixels that a GridSample reads for x [N, C, D...] and grid [N, O..., r]; how many pixels half a grid is."""
+    count, aligned, scales, places = s.rank() - 2, bool(s.argument("align_corners")), [], []
+    for i in range(count):  # the grid names the last axis first
+        number = op.cast_like(op.dim(s.x, s.rank() - 1 - i), s.x)
+        grid = op.Reshape(op.Slice(s.input(1), starts=[i], ends=[i + 1], axes=[s.rank() - 1]), [0, 1, -1, *[1] * count])
+        scales.append(op.Div(op.Sub(number, 1) if aligned else number, 2))
+        ahead = op.Add(grid, 1)
+        places.append(op.Mul(ahead, scales[i]) if aligned else op.Div(op.Sub(op.Mul(ahead, number), 1), 2))
+    mode = str(s.argument("mode"))
+    return Taps(op, s.x, places, _MODES.get(mode, mode), str(s.argument("padding_mode")), aligned=aligned), scales
 
 
 def grid_sample_x(op: Emit, s: Step) -> ir.Value:
-    """The gradient of each place goes to the pixels it was made of by their weights, and adds up there."""
-    taps = _Taps(op, s)
-    shares = op.Reshape(op.Mul(taps.arriving(), taps.weigh()), [0, 0, -1])
-    image = op.Reshape(op.zeros_like(s.x), [0, 0, -1])
-    return op.reshape_like(op.ScatterElements(image, taps.index(), shares, axis=2, reduction="add"), s.x)
+    taps, _ = _grid_taps(op, s)
+    return op.reshape_like(taps.to_image(s.dy), s.x)
 
 
 def grid_sample_grid(op: Emit, s: Step) -> ir.Value:
     """The slope of the surface at each place, weighed by dy over the channels."""
-    taps = _Taps(op, s)
+    taps, scales = _grid_taps(op, s)
     if len(taps.weights) == 1:
         return op.zeros_like(s.input(1))  # nearest: a step function
-    image, kernel = op.Reshape(s.x, [0, 0, -1]), [len(taps.weights)] * taps.count
-    pixels = op.Reshape(op.GatherElements(image, taps.index(), axis=2), [0, 0, -1, *kernel])
-    pulls = op.ReduceSum(op.Mul(pixels, taps.arriving()), axes=[1], keepdims=1)
-    slopes = []
-    for i in range(taps.count):
-        total = op.ReduceSum(op.Mul(pulls, taps.weigh(slope=i)), axes=[1, *range(3, 3 + taps.count)], keepdims=0)
-        slopes.append(op.Unsqueeze(op.Mul(total, taps.scales[i]), axes=[2]))
+    pulls = op.ReduceSum(op.Mul(taps.values(), taps.arriving(s.dy)), axes=[1], keepdims=1)
+    slopes = [op.Unsqueeze(op.Mul(taps.to_places(pulls, i), scale), axes=[2]) for i, scale in enumerate(scales)]
     return op.reshape_like(op.Concat(*slopes, axis=2), s.input(1))
 
 
