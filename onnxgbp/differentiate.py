@@ -15,10 +15,9 @@ from onnxgbp.branches import captured
 from onnxgbp.broadcast import unbroadcast
 from onnxgbp.emit import Emit, dims_of, is_float
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.quantisation import REFUSED, carries_integers
+from onnxgbp.quantisation import carries_integers
 from onnxgbp.step import Step, label
-from onnxgbp.vjps import VJPS, ZERO_GRADIENT, Entry
-from onnxgbp.vjps.classic import TREES
+from onnxgbp.vjps import REFUSED, VJPS, ZERO_GRADIENT, Entry
 
 __all__ = ["Path", "backpropagate", "differentiate", "find_path", "missing_rules", "refuse_missing"]
 
@@ -156,8 +155,6 @@ def _entry(step: Step) -> Entry:
     entry = VJPS.get(_key(step.node))
     if _key(step.node) in REFUSED:
         raise step.refuse(REFUSED[_key(step.node)])
-    if _key(step.node) in TREES:
-        raise step.refuse(TREES[_key(step.node)])
     if _reads_integers(step.node):
         raise step.refuse("it reads quantised integers; quantise the model in the QDQ format (QuantFormat.QDQ) instead")
     if entry is None:

@@ -27,7 +27,7 @@ from onnxgbp.recognise import recognise
 from onnxgbp.rules import Choice, audit, choose, depths, parse_activations, parse_rules
 from onnxgbp.step import label
 from onnxgbp.target import Explained, explained_tensor, parse_unit, stripped_text, unit_text
-from onnxgbp.vjps import FAMILIES, ZERO_GRADIENT, Entry
+from onnxgbp.vjps import FAMILIES, REFUSED, ZERO_GRADIENT, Entry
 
 __all__ = ["Inspection", "inspect_model", "operator_markdown", "operator_table", "operator_text"]
 
@@ -359,7 +359,8 @@ def operator_table() -> list[dict[str, Any]]:
         inputs = [known[-1].inputs[0].name] if known else ["x"]
         rows.append(_operator_row(kind, "activation", inputs, _activation_note(kind, bool(known))))
     zero = "piecewise constant, or no function of the values: its gradient is zero"
-    return rows + [_operator_row(operator, "zero gradient", [], zero) for operator in sorted(ZERO_GRADIENT)]
+    rows += [_operator_row(operator, "zero gradient", [], zero) for operator in sorted(ZERO_GRADIENT)]
+    return rows + [_operator_row(operator, "refused", [], why) for operator, why in sorted(REFUSED.items())]
 
 
 def _operator_row(operator: str, family: str, differentiated: list[str], note: str) -> dict[str, Any]:

@@ -23,15 +23,13 @@ from onnxgbp.contrib import CONTRIB
 from onnxgbp.emit import Emit
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.step import Step, label
-from onnxgbp.vjps import VJPS, ZERO_GRADIENT
+from onnxgbp.vjps import REFUSED, VJPS, ZERO_GRADIENT
 from onnxgbp.vjps.classic import find_scores, hides_scores, scores_name, write_scores
 
 __all__ = ["expandable", "normalise"]
 
 # Layouts that ONNX Runtime's optimiser writes for the one processor on which it ran.
 _BLOCKED = frozenset({"com.microsoft.nchwc", "com.ms.internal.nhwc"})
-# Bodies that would not help: random, of sequences, or (DynamicQuantizeLinear) with a reason for a refusal of its own.
-_KEPT = frozenset("Bernoulli DynamicQuantizeLinear Range SequenceMap".split())
 
 
 def normalise(model: ir.Model) -> None:
@@ -95,10 +93,8 @@ def _write_scores(op: Emit, node: ir.Node) -> None:
 
 
 def expandable(node: ir.Node) -> bool:
-    """Whether the standard defines a node by a function body, and no rule of ours knows the node itself."""
-    if node.domain or node.op_type in VJPS or node.op_type in ACTIVATIONS or node.op_type in ZERO_GRADIENT:
-        return False
-    if node.op_type in _KEPT:
+    """Whether the standard defines a node by a function body, and no table of ours knows the node itself."""
+    if node.domain or any(node.op_type in table for table in (VJPS, ACTIVATIONS, ZERO_GRADIENT, REFUSED)):
         return False
     schema = _schema(node)
     return schema is not None and bool(schema.has_function or schema.has_context_dependent_function)

@@ -24,7 +24,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_scatter_elements import ScatterElements
 
 import onnxgbp
-from onnxgbp.float64_sampling import AffineGrid, GridSample
+from onnxgbp.float64_sampling import AffineGrid, DeformConv, GridSample
 
 Array = npt.NDArray[Any]
 
@@ -424,9 +424,11 @@ class Scatter(ScatterElements):
     op_domain = ""
 
 
-# AffineGrid and GridSample are the product's own: tests/test_sampling.py compares them with ONNX Runtime in float64.
+# AffineGrid, DeformConv and GridSample are the product's own: tests/test_sampling.py and tests/test_deform.py compare
+# them with ONNX Runtime in float64.
 LITERAL: list[type[OpRun]] = [
     AffineGrid,
+    DeformConv,
     AveragePool,
     BatchNormalization,
     ConvTranspose,

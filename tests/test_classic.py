@@ -57,6 +57,12 @@ def classifier(rows: int, transform: str | None, *, strings: bool = False, **mor
     return model("LinearClassifier", {**attributes, **{k: list(v) for k, v in labels.items()}}, **more)
 
 
+LINEAR = {
+    "coefficients": numbers(3)[0].ravel().tolist(),
+    "intercepts": numbers(3)[1].tolist(),
+    "classlabels_ints": [0, 1, 2],
+}
+
 X = np.random.default_rng(1).standard_normal((BATCH, FEATURES)).astype(np.float32)
 
 
@@ -172,6 +178,37 @@ def test_extracted_features() -> None:
     converted = onnxgbp.convert(source, method="gradient", target="input")
     got = ort_run(converted, {"x": X, "target": np.array([0, 1, 1])})["attribution"]
     np.testing.assert_array_equal(got, numbers(3)[0][[2, 0, 0]])
+
+
+def test_an_imputer_passes_what_it_leaves() -> None:
+    nodes = [helper.make_node("LinearClassifier", ["y"], ["label", "p"], "linear", domain="ai.onnx.ml", **LINEAR)]
+    source = model("Imputer", {"imputed_value_floats": [1.0, 2.0, 3.0, 4.0], "replaced_value_float": np.nan})
+    source.graph.node.extend(nodes)
+    source.graph.output[0].CopyFrom(helper.make_tensor_value_info("p", TensorProto.FLOAT, ["N", 3]))
+    x = X.copy()
+    x[0, 1] = x[2, 3] = np.nan
+    got = ort_run(onnxgbp.convert(source, method="gradient", target=2), {"x": x})["attribution"]
+    np.testing.assert_array_equal(got, np.where(np.isnan(x), 0, numbers(3)[0][[2] * BATCH]))
+
+
+def test_columns_that_are_put_together() -> None:
+    widths = {"a": 1, "b": 2, "c": 1}
+    nodes = [
+        helper.make_node("FeatureVectorizer", list(widths), ["y"], domain="ai.onnx.ml", inputdimensions=[1, 2, 1]),
+        helper.make_node("LinearClassifier", ["y"], ["label", "p"], "linear", domain="ai.onnx.ml", **LINEAR),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "columns",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", width]) for name, width in widths.items()],
+        [helper.make_tensor_value_info("p", TensorProto.FLOAT, ["N", 3])],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 1)]
+    source = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    parts = dict(zip(widths, np.split(X, [1, 3], axis=1), strict=True))
+    results = ort_run(onnxgbp.convert(source, method="gradient", target=1, wrt=list(widths)), parts)
+    got = np.concatenate([results[f"attribution_{name}"] for name in widths], axis=1)
+    np.testing.assert_array_equal(got, numbers(3)[0][[1] * BATCH])
 
 
 @pytest.mark.parametrize("operator", ["TreeEnsembleClassifier", "TreeEnsembleRegressor"])

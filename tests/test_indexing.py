@@ -302,3 +302,52 @@ def test_max_unpool_into_a_given_shape(shape: list[int]) -> None:
         one = np.zeros((1, 2, 2, 2), np.float32)
         one[place] = 1
         assert got["attribution"][place] == pytest.approx((ort_run(single, {"x0": one})["y"] * seed).sum())
+
+
+# --- Det, Unique, Range ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_det_of_a_singular_matrix(profile: str) -> None:
+    model = small_model([helper.make_node("Det", ["x"], ["y"])], {"x": ["N", 3, 3]})
+    x = np.array([[[1, 2, 3], [2, 4, 6], [0, 1, 5]]], np.float32)
+    converted = onnxgbp.convert(model, method="gradient", target="seed", output="y", profile=profile)
+    got = ort_run(converted, {"x": x, "seed": np.ones(1, np.float32)})["attribution"]
+    cofactors = [[[14, -10, 2], [-7, 5, -1], [0, 0, 0]]]  # by hand
+    np.testing.assert_allclose(got, cofactors, atol=1e-6)
+
+
+def test_det_of_a_large_matrix_is_refused() -> None:
+    model = small_model([helper.make_node("Det", ["x"], ["y"])], {"x": [2, 40, 40]})
+    with pytest.raises(onnxgbp.OnnxgbpError, match="its matrices have 40 rows, for which 24 are the most"):
+        onnxgbp.convert(model, target="seed", output="y")
+
+
+@pytest.mark.parametrize(
+    ("given", "x", "seed", "want"),
+    [
+        ({}, [2, 1, 1, 3], [6, 2, 5], [2, 3, 3, 5]),
+        ({"sorted": 0}, [2, 1, 1, 3], [6, 2, 5], [6, 1, 1, 5]),
+        ({"axis": 0, "sorted": 0}, [[3, 1], [0, 2], [3, 1]], [[2, 4], [5, 7]], [[1, 2], [5, 7], [1, 2]]),
+        ({"axis": 1, "sorted": 1}, [[3, 0, 3], [1, 1, 1]], [[5, 2], [7, 4]], [[1, 5, 1], [2, 7, 2]]),
+    ],
+)
+def test_unique_shares_among_those_that_are_alike(given, x, seed, want) -> None:
+    """In ONNX Runtime; the evaluator places the columns of an unsorted one wrongly."""
+    feeds = {"x": np.array(x, np.float32), "seed": np.array(seed, np.float32)}
+    model = small_model([helper.make_node("Unique", ["x"], ["y"], **given)], {"x": feeds["x"].shape})
+    converted = onnxgbp.convert(model, method="gradient", target="seed", output="y")
+    np.testing.assert_array_equal(ort_run(converted, feeds)["attribution"], want)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_range_of_floats(profile: str) -> None:
+    nodes = [helper.make_node("Range", ["start", "limit", "delta"], ["y"])]
+    model = small_model(nodes, {"start": [], "limit": [], "delta": []})
+    converted = onnxgbp.convert(
+        model, method="gradient", target="seed", output="y", profile=profile, wrt=["start", "limit", "delta"]
+    )
+    numbers = {"start": 1, "limit": 2.9, "delta": 0.5}
+    feeds = {name: np.array(number, np.float32) for name, number in numbers.items()}
+    results = ort_run(converted, {**feeds, "seed": np.array([1, 2, 4, 8], np.float32)})
+    assert [float(results[f"attribution_{name}"]) for name in feeds] == [15, 0, 2 + 8 + 24]

@@ -10,12 +10,12 @@ from click.testing import CliRunner
 from onnxgbp.activations import ACTIVATIONS
 from onnxgbp.cli import main
 from onnxgbp.inspection import operator_markdown, operator_table, operator_text
-from onnxgbp.vjps import FAMILIES, VJPS, ZERO_GRADIENT
+from onnxgbp.vjps import FAMILIES, REFUSED, VJPS, ZERO_GRADIENT
 
 FORMS = {"Relu6", "GeluTanh", "QuantizedRelu"}  # of other operators: activations, but no operators
 
 
-@pytest.mark.parametrize("name", sorted({*VJPS, *ACTIVATIONS, *ZERO_GRADIENT} - FORMS))
+@pytest.mark.parametrize("name", sorted({*VJPS, *ACTIVATIONS, *ZERO_GRADIENT, *REFUSED} - FORMS))
 def test_every_entry_is_an_operator(name: str) -> None:
     domain, _, operator = name.rpartition("::")
     if domain.startswith("com.microsoft"):
@@ -23,8 +23,39 @@ def test_every_entry_is_an_operator(name: str) -> None:
     assert onnx.defs.has(operator, domain=domain)
 
 
-def test_no_operator_is_both_differentiable_and_of_zero_gradient() -> None:
+def test_no_operator_is_known_in_two_ways() -> None:
+    assert set(VJPS) & set(ACTIVATIONS) == {"Clip"}  # it has bounds, which an activation's derivative does not see
     assert not (set(VJPS) | set(ACTIVATIONS)) & ZERO_GRADIENT
+    assert not (set(VJPS) | set(ACTIVATIONS) | ZERO_GRADIENT) & set(REFUSED)
+
+
+FLOATS = {f"tensor({name})" for name in ("float", "float16", "bfloat16", "double")}
+FLOATS |= {f"{outer}({inner})" for outer in ("seq", "optional") for inner in FLOATS}
+
+
+def _newest() -> dict[str, onnx.defs.OpSchema]:
+    newest = {}
+    for schema in sorted(onnx.defs.get_all_schemas_with_history(), key=lambda schema: schema.since_version):
+        newest[f"{schema.domain}::{schema.name}" if schema.domain else schema.name] = schema
+    return newest
+
+
+def _carries(formals) -> bool:
+    return any(FLOATS & set(formal.types) for formal in formals)
+
+
+@pytest.mark.parametrize("name", [n for n, s in _newest().items() if _carries(s.inputs) and _carries(s.outputs)])
+def test_every_operator_of_floats_is_known(name: str) -> None:
+    """It has a gradient, is of zero gradient, is refused with a reason, or is defined by operators that are known."""
+    schema = _newest()[name]
+    defined = not schema.domain and (schema.has_function or schema.has_context_dependent_function)
+    assert defined or any(name in table for table in (VJPS, ACTIVATIONS, ZERO_GRADIENT, REFUSED))
+
+
+def test_an_operator_that_nobody_knows_is_noticed(monkeypatch) -> None:
+    monkeypatch.delitem(VJPS, "Conv")
+    with pytest.raises(AssertionError):
+        test_every_operator_of_floats_is_known("Conv")
 
 
 def test_no_operator_stands_in_two_families() -> None:

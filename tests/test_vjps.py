@@ -44,6 +44,7 @@ DATA_INPUTS = {
     "Upsample": (0,),
     "Conv": (0,),
     "ConvTranspose": (0,),
+    "DeformConv": (0, 2, 4),
     "Dropout": (0,),
     "PRelu": (0,),
     "Pad": (0,),
@@ -384,7 +385,11 @@ def _pool_cases() -> list[Own]:
 
 
 def _linear_cases() -> list[Own]:
-    cases = []
+    cases = [
+        Own("3", "Det", ((2, 3, 3),)),
+        Own("4 free", "Det", ((2, 3, 4, 4),), declared=(("N", "M", 4, 4),)),
+        Own("1", "Det", ((3, 1, 1),), opset=22),
+    ]
     for ta in (0, 1):
         for tb in (0, 1):
             left, right = ((4, 2) if ta else (2, 4)), ((3, 4) if tb else (4, 3))
@@ -547,11 +552,25 @@ def _shape_cases() -> list[Own]:
     return cases
 
 
+def _indexing_cases() -> list[Own]:
+    cache, update = (2, 3, 5, 2), (2, 3, 4, 2)
+    free = (("N", 3, "L", 2), ("N", 3, "S", 2))
+    places = ints(1, 0)
+    return [
+        Own("at the start", "TensorScatter", (cache, update), {"axis": 2}, opset=24),
+        Own("at places", "TensorScatter", (cache, update), {}, (places,), free, 24),
+        Own("circular", "TensorScatter", (cache, update), {"mode": "circular"}, (ints(3, 4),), free, 24),
+        Own("flat", "Unique", ((3, 4),), declared=(("N", 4),)),
+        Own("columns", "Unique", ((2, 3),), {"axis": -1}),
+    ]
+
+
 OWN = [
     *_conv_cases(),
     *_conv_transpose_cases(),
     *_pool_cases(),
     *_linear_cases(),
+    *_indexing_cases(),
     *_broadcast_cases(),
     *_reduce_cases(),
     *_norm_cases(),

@@ -21,8 +21,9 @@ from onnxgbp.vjps import (
     svm,
 )
 from onnxgbp.vjps.entry import Entry
+from onnxgbp.vjps.refused import REFUSED
 
-__all__ = ["FAMILIES", "VJPS", "ZERO_GRADIENT", "Entry"]
+__all__ = ["FAMILIES", "REFUSED", "VJPS", "ZERO_GRADIENT", "Entry"]
 
 FAMILIES = {
     "classic": classic.VJPS | svm.VJPS,
@@ -46,5 +47,5 @@ VJPS: dict[str, Entry] = {operator: entry for family in FAMILIES.values() for op
 ZERO_GRADIENT = frozenset(
     "And ArgMax ArgMin BitShift Ceil ConstantOfShape Equal EyeLike Floor Greater GreaterOrEqual Hardmax IsInf IsNaN "
     "Less LessOrEqual NonMaxSuppression NonZero Not OneHot Or RandomNormalLike RandomUniformLike Round Shape "
-    "Sign Size Xor".split()
+    "Sign Size Xor ai.onnx.ml::Binarizer ai.onnx.ml::LabelEncoder ai.onnx.ml::OneHotEncoder".split()
 )

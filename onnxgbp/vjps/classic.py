@@ -1,7 +1,4 @@
-"""The domain ai.onnx.ml: the steps of scikit-learn's pipelines, and the linear models at their end.
-
-Trees have no gradient; `TREES` says so of each of their operators.
-"""
+"""The domain ai.onnx.ml: the steps of scikit-learn's pipelines, and the linear models at their end."""
 
 from __future__ import annotations
 
@@ -11,17 +8,12 @@ import onnx_ir as ir
 
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.step import Step
-from onnxgbp.vjps.entry import inputs
+from onnxgbp.vjps.entry import inputs, variadic
 from onnxgbp.vjps.shape import contract, copies
 from onnxgbp.vjps.squashing import SQUASHING, labels_of, squashed
 from onnxgbp.vjps.svm import class_scores, votes
 
-__all__ = ["TREES", "VJPS", "find_scores", "hides_scores", "scores_name", "write_scores"]
-
-TREES = {
-    f"ai.onnx.ml::{name}": "a tree ensemble is piecewise constant: it has no gradient"
-    for name in ("TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor")
-}
+__all__ = ["VJPS", "find_scores", "hides_scores", "scores_name", "write_scores"]
 
 
 def scaler_x(op: Emit, s: Step) -> ir.Value:
@@ -116,8 +108,25 @@ def feature_extractor_x(op: Emit, s: Step) -> ir.Value:
     return contract(op, s.dy, s.rank() - 1, s.rank(), copies(op, s, s.rank() - 1, taken))
 
 
+def feature_vectorizer(op: Emit, s: Step, index: int) -> ir.Value:
+    """A Concat of columns, of which each input has as many as the attribute says."""
+    sizes = s.ints("inputdimensions") or []
+    if len(sizes) != len(s.node.inputs):
+        raise s.refuse("its inputdimensions do not say how many columns each input has")
+    start = sum(sizes[:index])
+    dx = op.Slice(s.dy, starts=[start], ends=[start + sizes[index]], axes=[1])
+    return op.cast_like(op.reshape_like(dx, s.input(index)), s.input(index))
+
+
+def imputer_x(op: Emit, s: Step) -> ir.Value:
+    """What was replaced, NaN above all, is a constant; the rest is handed on."""
+    return op.Where(op.Equal(s.x, s.y), s.dy, op.like(0, s.dy))
+
+
 VJPS = {
     "ai.onnx.ml::ArrayFeatureExtractor": inputs(feature_extractor_x),
+    "ai.onnx.ml::FeatureVectorizer": variadic(feature_vectorizer),
+    "ai.onnx.ml::Imputer": inputs(imputer_x),
     "ai.onnx.ml::LinearClassifier": inputs(linear_classifier_x),
     "ai.onnx.ml::LinearRegressor": inputs(linear_regressor_x),
     "ai.onnx.ml::Normalizer": inputs(normalizer_x),

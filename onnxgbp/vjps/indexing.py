@@ -106,6 +106,40 @@ def _others(op: Emit, s: Step) -> ir.Value:
     return op.Where(alone, op.Div(_gather(op, s, product), filled), op.like(0, s.x))
 
 
+def _written(op: Emit, s: Step) -> tuple[ir.Value, int]:
+    """Which place along the axis each entry of the update of a TensorScatter is written to; the axis."""
+    update, axis = s.input(1), s.axis()
+    places = op.positions(update, axis)
+    if s.has(2):
+        places = op.Add(places, op.Reshape(s.input(2), [-1, *[1] * (s.rank() - 1)]))
+    if str(s.argument("mode")) == "circular":
+        places = op.Mod(places, op.dim(s.x, axis))
+    return op.Expand(places, op.shape(update)), axis
+
+
+def tensor_scatter_cache(op: Emit, s: Step) -> ir.Value:
+    places, axis = _written(op, s)
+    return op.ScatterElements(s.dy, places, op.zeros_like(s.input(1)), axis=axis)
+
+
+def tensor_scatter_update(op: Emit, s: Step) -> ir.Value:
+    places, axis = _written(op, s)
+    return op.GatherElements(s.dy, places, axis=axis)
+
+
+def unique_x(op: Emit, s: Step) -> ir.Value:
+    """Those that are alike share the gradient of the one entry that stands for them."""
+    axis, ordered = s.argument("axis"), int(s.argument("sorted"))
+    _, _, place, count = op.several(4, "Unique", s.x, axis=axis, sorted=ordered)
+    for value in (place, count):
+        value.type = ir.TensorType(ir.DataType.INT64)
+    along = 0 if axis is None else s.axis()
+    shape = [1] * (1 if axis is None else s.rank())
+    shape[along] = -1
+    share = op.Div(s.dy, op.Reshape(op.cast_like(count, s.x), shape))
+    return op.reshape_like(op.Gather(share, op.Reshape(place, [-1]), axis=along), s.x)
+
+
 VJPS = {
     "Compress": inputs(compress_x),
     "Gather": inputs(gather_x),
@@ -114,4 +148,6 @@ VJPS = {
     "Scatter": inputs(scatter_data, None, scatter_updates),
     "ScatterElements": inputs(scatter_data, None, scatter_updates),
     "ScatterND": inputs(scatter_data, None, scatter_updates),
+    "TensorScatter": inputs(tensor_scatter_cache, tensor_scatter_update),
+    "Unique": inputs(unique_x),
 }

@@ -182,10 +182,33 @@ def _terms(s: Step) -> tuple[list[str], str, list[list[int]]]:
     return terms, result.replace("...", letters), stretched
 
 
+_LARGEST_MATRIX = 24  # the minors of one matrix hold n^2 (n - 1)^2 numbers
+
+
+def det_x(op: Emit, s: Step) -> ir.Value:
+    """dX = dy cof(X): each cofactor is the determinant of X without one row and column, up to its sign.
+
+    Unlike det(X) inverse(X)', for which the standard has no operator, it is right for a singular matrix as well.
+    """
+    size = (dims_of(s.x) or (None,))[-1]
+    if not isinstance(size, int) or size > _LARGEST_MATRIX:
+        raise s.refuse(f"its matrices have {size or '?'} rows, for which {_LARGEST_MATRIX} are the most")
+    dy = op.Unsqueeze(s.dy, axes=[s.rank() - 2, s.rank() - 1])
+    if size == 1:
+        return op.expand_like(dy, s.x)
+    kept = [[i for i in range(size) if i != left_out] for left_out in range(size)]
+    minors = np.array([np.add.outer(np.multiply(rows, size), columns) for rows in kept for columns in kept])
+    entries = op.Reshape(s.x, op.vector(*([0] * (s.rank() - 2)), size * size))
+    cofactors = op.Reshape(op.Det(op.Gather(entries, minors, axis=s.rank() - 2)), op.shape(s.x))
+    signs = (-1.0) ** np.add.outer(np.arange(size), np.arange(size))
+    return op.Mul(op.Mul(cofactors, op.like(signs, s.x)), dy)
+
+
 VJPS = {
     "Col2Im": inputs(col2im_x),
     "Conv": inputs(conv_x),
     "ConvTranspose": inputs(conv_transpose_x),
+    "Det": inputs(det_x),
     "Einsum": variadic(einsum),
     "Gemm": inputs(gemm_a, gemm_b, gemm_c),
     "MatMul": inputs(matmul_a, matmul_b),

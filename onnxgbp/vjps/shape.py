@@ -190,12 +190,27 @@ def reverse_sequence_x(op: Emit, s: Step) -> ir.Value:
     return op.ReverseSequence(s.dy, s.input(1), batch_axis=batch, time_axis=time)
 
 
+def range_start(op: Emit, s: Step) -> ir.Value:
+    """y_i = start + i delta."""
+    return op.ReduceSum(s.dy, axes=[0], keepdims=0)
+
+
+def range_limit(op: Emit, s: Step) -> ir.Value:
+    """How many numbers there are is all that it tells."""
+    return op.zeros_like(s.input(1))
+
+
+def range_delta(op: Emit, s: Step) -> ir.Value:
+    return op.ReduceSum(op.Mul(s.dy, op.cast_like(op.positions(s.y, 0), s.dy)), axes=[0], keepdims=0)
+
+
 VJPS = {
     "Concat": variadic(concat_x),
     "DepthToSpace": inputs(depth_to_space_x),
     "Expand": inputs(expand_x),
     "Flatten": inputs(reshaped),
     "Pad": inputs(pad_x),
+    "Range": inputs(range_start, range_limit, range_delta),
     "Reshape": inputs(reshaped),
     "ReverseSequence": inputs(reverse_sequence_x),
     "Slice": inputs(slice_x),
