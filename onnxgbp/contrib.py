@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import onnx_ir as ir
 
 from onnxgbp.attention import attention, multi_head_attention
-from onnxgbp.emit import Emit
+from onnxgbp.emit import Emit, dims_of
 from onnxgbp.step import Step
 
 __all__ = ["CONTRIB", "Decomposition"]
@@ -197,6 +197,41 @@ def embed_layer_normalization(op: Emit, s: Step) -> Sequence[ir.Value]:
     return [y, counts, total]
 
 
+def rotary_embedding(op: Emit, s: Step) -> Sequence[ir.Value]:
+    """Pairs of features turned by an angle that grows with the position: (a, b) to (a cos - b sin, a sin + b cos).
+
+    x is [N, S, heads size] or [N, heads, S, size]; position_ids is [N, S], or [1] for the first of S that follow.
+    """
+    x, places, caches = s.x, s.input(1), (s.input(2), s.input(3))
+    half = dims_of(caches[0])
+    if s.argument("is_packed_batching") or s.argument("scale") not in (None, 1.0):
+        raise s.refuse("packed or scaled positions; convert the file from before the optimisation")
+    if half is None or not isinstance(half[1], int):
+        raise s.refuse("the shape of its table of cosines is not known")
+    flat, heads, turned = s.rank() == 3, int(s.argument("num_heads") or 0), 2 * half[1]
+    if flat:
+        x = op.Reshape(x, [0, 0, heads, -1] if s.argument("rotary_embedding_dim") else [0, 0, -1, turned])
+    if s.rank(places) == 1:
+        first = op.Reshape(op.Cast(places, to=int(ir.DataType.INT64)), [1, 1])
+        length = op.Reshape(op.Gather(op.Shape(s.x), [1 if flat else 2], axis=0), op.int64([]))
+        places = op.Add(op.Reshape(op.Range(op.int64(0), length, op.int64(1)), [1, -1]), first)
+    cos, sin = (op.Unsqueeze(op.Gather(cache, places, axis=0), axes=[2 if flat else 1]) for cache in caches)
+    moved = op.Slice(x, starts=[0], ends=[turned], axes=[3])
+    if s.argument("interleaved"):
+        parts = [op.Slice(moved, starts=[i], ends=[turned], axes=[3], steps=[2]) for i in (0, 1)]
+    else:
+        parts = [op.Slice(moved, starts=[i * half[1]], ends=[(i + 1) * half[1]], axes=[3]) for i in (0, 1)]
+    a, b = parts
+    results = op.Sub(op.Mul(a, cos), op.Mul(b, sin)), op.Add(op.Mul(a, sin), op.Mul(b, cos))
+    if s.argument("interleaved"):
+        y = op.Reshape(op.Concat(*(op.Unsqueeze(part, axes=[4]) for part in results), axis=4), [0, 0, 0, turned])
+    else:
+        y = op.Concat(*results, axis=3)
+    if s.argument("rotary_embedding_dim"):  # the other features stay as they are
+        y = op.Concat(y, op.Slice(x, starts=[turned], ends=[2**31], axes=[3]), axis=3)
+    return [op.Reshape(y, [0, 0, -1]) if flat else y]
+
+
 CONTRIB: dict[str, Decomposition] = {
     "LayerNormalization": layer_normalization,  # below opset 17, where the standard has none
     "SimplifiedLayerNormalization": simplified_layer_normalization,  # in the standard's domain, though not of it
@@ -211,6 +246,7 @@ CONTRIB: dict[str, Decomposition] = {
     "com.microsoft::LayerNormalization": layer_normalization,
     "com.microsoft::MultiHeadAttention": multi_head_attention,
     "com.microsoft::QuickGelu": quick_gelu,
+    "com.microsoft::RotaryEmbedding": rotary_embedding,
     "com.microsoft::SimplifiedLayerNormalization": simplified_layer_normalization,
     "com.microsoft::SkipLayerNormalization": skip_layer_normalization,
     "com.microsoft::SkipSimplifiedLayerNormalization": skip_simplified_layer_normalization,

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -628,3 +629,18 @@ def small_model(
     model.graph.ClearField("output")
     model.graph.output.extend(inferred.graph.output)
     return model
+
+
+def optimised(
+    model: onnx.ModelProto | Path,
+    folder: Path,
+    level: Any = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+) -> onnx.ModelProto:
+    """The file that ONNX Runtime's optimiser writes of a model."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = level
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    given = str(model) if isinstance(model, Path) else model.SerializeToString()
+    onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    return onnx.load(folder / "optimised.onnx")

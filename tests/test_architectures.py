@@ -10,12 +10,13 @@ import functools
 import io
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from checking import Array, cosine, forward_error, ort_run, torch_reference
+from checking import Array, cosine, forward_error, optimised, ort_run, torch_reference
 
 import onnxgbp
 
@@ -131,6 +132,18 @@ def test_the_gradient_is_torchs(exported: Exported) -> None:
     assert after["attribution_target"].tolist() == scores.argmax(axis=1).tolist()
     # Where the last bit decides a ReLU or a maximum, single pixels move: 0.999. Elsewhere nothing does.
     _assert_agree(after["attribution"], want, 0.999999 if NETS[exported.name].smooth else 0.999)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_optimisers_file_gives_the_same_map(name: str, tmp_path: Path) -> None:
+    """Whatever ONNX Runtime's optimiser fuses in it."""
+    model, feeds = _export(name, "torchscript", 17), {n: t.numpy() for n, t in NETS[name].feeds(BATCH).items()}
+    got, want = (
+        ort_run(onnxgbp.convert(source, method="guided"), feeds) for source in (optimised(model, tmp_path), model)
+    )
+    assert forward_error({"scores": want["scores"]}, got) <= 1e-5
+    for key in (key for key in want if key.startswith("attribution") and want[key].dtype.kind == "f"):
+        _assert_agree(got[key], want[key], 0.999999 if NETS[name].smooth else 0.999)
 
 
 def test_the_activations_are_found(exported: Exported) -> None:

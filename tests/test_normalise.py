@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from checking import Array, check_vjp, cosine, forward_error, ort_run, reference_run, to_float64, wheel_cases
+from checking import Array, check_vjp, cosine, forward_error, optimised, ort_run, reference_run, to_float64, wheel_cases
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxgbp
@@ -85,6 +85,7 @@ Q_K_V = {"q": X, "k": values(2, 6, 8), "v": values(2, 6, 12)}
 SAME = {"q": X, "k": values(3, 5, 8)[:2], "v": values(4, 5, 8)[:2]}
 WORDS = {"words": values(10, 8), "positions": values(7, 8)}
 NORM = {"g": values(8), "beta": values(1, 8)[0]}
+TURNS = np.array([[3, 1, 0, 8, 2], [4, 4, 5, 6, 7]])
 IDS, SEGMENTS = ints([1, 2, 3, 4, 5], [6, 7, 8, 9, 0]), ints([0, 0, 1, 1, 1], [0, 1, 1, 1, 1])
 
 FUSED: dict[str, tuple[onnx.ModelProto, dict[str, Array]]] = {
@@ -116,6 +117,22 @@ FUSED: dict[str, tuple[onnx.ModelProto, dict[str, Array]]] = {
     "BiasGelu": one_node("BiasGelu", {"x": X, "b": values(8)}, weights="b", opset=12),
     "FastGelu": one_node("FastGelu", {"x": X}),
     "FastGelu bias": one_node("FastGelu", {"x": X, "b": values(8)}, weights="b"),
+    **{
+        f"RotaryEmbedding {name}": one_node(
+            "RotaryEmbedding",
+            {"x": x, "p": places, "cos": values(9, half), "sin": values(half, 9).T.copy()},
+            weights="p cos sin",
+            **given,
+        )
+        for name, (x, places, half, given) in {
+            "of rows": (X, TURNS, 2, {}),
+            "of heads": (values(2, 2, 5, 4), TURNS, 2, {}),
+            "interleaved": (X, TURNS, 2, {"interleaved": 1}),
+            "from a position": (X, TURNS[0, :1], 2, {}),
+            "from a position, of heads": (values(2, 2, 5, 4), TURNS[0, :1], 2, {"interleaved": 1}),
+            "in part": (X, TURNS, 1, {"rotary_embedding_dim": 2, "num_heads": 2}),
+        }.items()
+    },
     "QuickGelu": one_node("QuickGelu", {"x": X}),
     "QuickGelu alpha": one_node("QuickGelu", {"x": X}, alpha=1.5),
     "LayerNormalization before opset 17": one_node(
@@ -226,16 +243,6 @@ def test_what_cannot_be_written_out_is_refused(model: tuple[onnx.ModelProto, Any
         onnxgbp.load(model[0])
     assert "\n" not in str(caught.value)
     assert "node" in str(caught.value)
-
-
-def optimised(model: onnx.ModelProto | Path, folder: Path, level: Any = LEVELS.ORT_ENABLE_EXTENDED) -> onnx.ModelProto:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = level
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    given = str(model) if isinstance(model, Path) else model.SerializeToString()
-    onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
-    return onnx.load(folder / "optimised.onnx")
 
 
 def assert_same_maps(

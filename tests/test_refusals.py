@@ -495,3 +495,41 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
 
 def test_a_weight_is_no_tensor_to_explain(tmp_path: Path) -> None:
     assert "is a weight" in refused(tmp_path, linear(), "--wrt", "w")
+
+
+# --- operators that are refused with a reason -----------------------------------------------------
+
+
+def _of_one(operator: str, inputs: list[str], opset: int = 17, domain: str = "", **given: Any) -> onnx.ModelProto:
+    """x [N, 4] -> the operator -> y."""
+    graph = helper.make_graph(
+        [helper.make_node(operator, inputs, ["y"], "node", domain=domain, **given)],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])],
+    )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+@pytest.mark.parametrize(
+    ("operator", "domain", "why"),
+    [
+        ("Bernoulli", "", "it draws random numbers; export the model for inference"),
+        ("GroupQueryAttention", "com.microsoft", "it attends with the cache of a text generator"),
+        ("MatMulNBits", "com.microsoft", "its weights are packed in ONNX Runtime's own form"),
+        ("NhwcFusedConv", "com.microsoft", "ONNX Runtime's optimiser wrote it for one kind of processor"),
+        ("RemovePadding", "com.microsoft", "it leaves out the padding between texts"),
+    ],
+)
+def test_an_operator_without_a_gradient_says_why(operator: str, domain: str, why: str) -> None:
+    with pytest.raises(onnxgbp.OnnxgbpError, match=why):
+        onnxgbp.convert(_of_one(operator, ["x"], domain=domain), target=0)
+
+
+def test_sequences_are_refused() -> None:
+    model = _of_one("SequenceAt", ["parts", "first"])
+    model.graph.node.insert(0, helper.make_node("SplitToSequence", ["x"], ["parts"], "split", axis=0))
+    model.graph.initializer.append(helper.make_tensor("first", TensorProto.INT64, [], [0]))
+    with pytest.raises(onnxgbp.OnnxgbpError, match="a gradient passes through tensors, not through sequences"):
+        onnxgbp.convert(model, target=0)
