@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from onnxgbp.activations import ACTIVATIONS
 from onnxgbp.cli import main
+from onnxgbp.contrib import CONTRIB
 from onnxgbp.inspection import operator_markdown, operator_table, operator_text
 from onnxgbp.vjps import FAMILIES, REFUSED, VJPS, ZERO_GRADIENT
 
@@ -26,7 +27,7 @@ def test_every_entry_is_an_operator(name: str) -> None:
 def test_no_operator_is_known_in_two_ways() -> None:
     assert set(VJPS) & set(ACTIVATIONS) == {"Clip"}  # it has bounds, which an activation's derivative does not see
     assert not (set(VJPS) | set(ACTIVATIONS)) & ZERO_GRADIENT
-    assert not (set(VJPS) | set(ACTIVATIONS) | ZERO_GRADIENT) & set(REFUSED)
+    assert not (set(VJPS) | set(ACTIVATIONS) | ZERO_GRADIENT | set(CONTRIB)) & set(REFUSED)
 
 
 FLOATS = {f"tensor({name})" for name in ("float", "float16", "bfloat16", "double")}

@@ -241,6 +241,18 @@ def test_features_far_from_zero() -> None:
     assert_near(got, want, 1e-4)  # x itself has steps of 6e-5
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_features_in_float64(classes: int) -> None:
+    """The scores stay float32, as the standard has them; the attribution is of the input's type."""
+    machine = Machine(classes=classes, platt=True)
+    source = machine.model()
+    source.graph.input[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+    x = X.astype(np.float64)
+    got = ort_run(onnxgbp.convert(source, method="gradient", target=1), {"x": x})["attribution"]
+    assert got.dtype == np.float64
+    assert_near(got, differences(lambda at: class_scores(machine, at)[:, 1:2], np.ones(1), x))
+
+
 @pytest.mark.parametrize("machine", [Machine(platt=True), Machine(classes=2), Machine(platt=True, strings=True)])
 def test_verify(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(machine.model().SerializeToString())
