@@ -336,10 +336,11 @@ def test_an_operator_without_a_rule_in_a_branch_is_named() -> None:
     text = """
     <ir_version: 8, opset_import: ["" : 17]>
     net (float[N,3,3] x, bool which) => (float[N] y)
-    { y = If (which) <then_branch = f () => (float[N] o) { [inner] o = Det(x) },
+    { y = If (which) <then_branch = f () => (float[N] o)
+                          { [inner] b = Bernoulli(x) o = ReduceMax<axes = [1, 2], keepdims = 0>(b) },
                       else_branch = g () => (float[N] o) { o = ReduceMax<axes = [1, 2], keepdims = 0>(x) }> }
     """
-    with pytest.raises(onnxgbp.OnnxgbpError, match=r"operator Det \(node 'inner'\)"):
+    with pytest.raises(onnxgbp.OnnxgbpError, match=r"operator Bernoulli \(node 'inner'\)"):
         onnxgbp.convert(parse(text), target="seed")
 
 
