@@ -305,12 +305,36 @@ def inspect(model: Path, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--source", type=click.Path(path_type=Path), help="The model that OUT was made from.")
+@click.option(
+    "--for",
+    "runtimes",
+    multiple=True,
+    metavar="RUNTIME",
+    help="Say what stands in its way: onnxruntime==1.17, openvino, opencv, web, triton, portable.",
+)
+@click.option(
+    "--provider",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the file is run for comparison.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=2e-2,
+    show_default=True,
+    help="Of that comparison: the most that 1 - cosine may be.",
+)
 @_json
-def verify(out: Path, source: Path | None, as_json: bool) -> None:
-    """Checks a converted file: outputs unchanged, attribution against finite differences, standard operators only."""
+def verify(out: Path, source: Path | None, as_json: bool, **options: Any) -> None:
+    """Checks a converted file: outputs unchanged, attribution against finite differences, standard operators only.
+
+    Exit status 1 where a check fails: a gate before a deployment. Rows and keys of --json keep their names.
+    """
     from onnxgbp.verify import verify_model
 
-    report = verify_model(out, source)
+    report = verify_model(out, source, **options)
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
     if not report.passed:
         raise click.exceptions.Exit(1)
