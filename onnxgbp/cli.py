@@ -75,6 +75,14 @@ def _numbers(option: str) -> Callable[[click.Context, click.Parameter, Any], Any
     return _checked(check)
 
 
+def _runtimes(texts: tuple[str, ...]) -> None:
+    if texts:
+        from onnxgbp.checks.deployment import parse_runtime  # the evaluators: only here
+
+        for text in texts:
+            parse_runtime(text)
+
+
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def decorate(command: Any) -> Any:
         for option in reversed(options):
@@ -310,6 +318,7 @@ def inspect(model: Path, as_json: bool, **options: Any) -> None:
     "runtimes",
     multiple=True,
     metavar="RUNTIME",
+    callback=_checked(_runtimes),
     help="Say what stands in its way: onnxruntime==1.17, openvino, opencv, web, triton, portable.",
 )
 @click.option(

@@ -158,7 +158,7 @@ class GradientGraph:
     ) -> GradientGraph:
         """Differentiates a model. The arguments are those of `convert`; a seed_scale of `auto` is for `fixed_scale`."""
         if METADATA + "method" in source.model.metadata_props:
-            raise OnnxgbpError(f"{source.name} is already a converted file; convert the model that it was made from")
+            raise OnnxgbpError(_already_converted(source))
         names = listed(wrt, "wrt")
         for option, name in [("output", output), *(("wrt", name) for name in names)]:
             if name is not None and not isinstance(name, str):
@@ -401,6 +401,18 @@ def _with_classes(shape: ir.Shape | None, seed: Seed) -> ir.Shape | None:
     if seed.count is None or shape is None:
         return shape
     return ir.Shape([*shape.dims[:1], seed.count, *shape.dims[1:]])
+
+
+def _already_converted(source: Source) -> str:
+    """What such a file holds, and the way out."""
+    said = {name: source.model.metadata_props.get(METADATA + name, "?") for name in ("explained", "target", "sha256")}
+    method = source.model.metadata_props[METADATA + "method"]
+    unit = source.model.metadata_props.get(METADATA + "unit")
+    aim = f"unit {unit}" if unit is not None else f"target {said['target']}"
+    return (
+        f"{source.name} is already converted: it holds {method} of '{said['explained']}' ({aim}); convert the model "
+        f"that it was made from (its sha256 is {said['sha256'][:12]}...), or run this one as it is"
+    )
 
 
 def describe(converted: onnx.ModelProto) -> str:

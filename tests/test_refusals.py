@@ -156,7 +156,12 @@ def test_output_from_nowhere(tmp_path: Path) -> None:
 
 
 def test_converted_already(tmp_path: Path) -> None:
-    assert "already" in refused(tmp_path, onnxgbp.convert(linear()))
+    converted = onnxgbp.convert(linear(), method="deconvnet", target=1)
+    line = refused(tmp_path, converted)
+    said = {entry.key: entry.value for entry in converted.metadata_props}
+    assert "already converted: it holds deconvnet of 'y' (target 1)" in line
+    assert f"the model that it was made from (its sha256 is {said['onnxgbp.sha256'][:12]}...)" in line
+    assert "(unit 1)" in refused(tmp_path, onnxgbp.convert(linear(), unit=1))
 
 
 # --- external data --------------------------------------------------------------------------------

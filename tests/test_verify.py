@@ -340,6 +340,58 @@ def test_the_command(source: Path) -> None:
     assert "FAIL  attribution reproduced" in runner.invoke(main, ["verify", str(bad)]).stdout
 
 
+def narrow_step(model: onnx.ModelProto) -> None:
+    """One step in the middle of the gradient is taken in bfloat16."""
+    step = next(n for n in model.graph.node if n.op_type == "ConvTranspose" and n.name.startswith("gradient/"))
+    name = step.output[0]
+    step.output[0] = "exact"
+    model.graph.node.extend(
+        [
+            onnx.helper.make_node("Cast", ["exact"], ["rounded"], to=onnx.TensorProto.BFLOAT16),
+            onnx.helper.make_node("Cast", ["rounded"], [name], to=onnx.TensorProto.FLOAT),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        (flip_mask, "attribution reproduced"),
+        (swap_weight, "forward structure"),
+        (change_output, "forward unchanged"),
+        (round_map, "attribution reproduced"),
+        (narrow_step, "attribution reproduced"),
+    ],
+)
+def test_the_gate_names_the_row_of_each_planted_fault(
+    source: Path, change: Callable[[onnx.ModelProto], None], row: str
+) -> None:
+    arguments = ["verify", str(made(source, change)), "--source", str(source), "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)
+    assert row in {check["name"] for check in told["checks"] if not check["passed"]}
+    made(source)  # the same file without the fault
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+
+
+def test_the_row_that_runs_the_file_says_where_and_to_what_tolerance(source: Path) -> None:
+    out = made(source)
+    (check,) = (c for c in verify_model(out, source, provider="auto", tolerance=1e-6).checks if c.name == "runtime")
+    assert check.passed
+    assert check.tolerance == 1e-6
+    assert "onnxruntime on c" in check.detail  # cpu, or cuda where the machine has one
+    assert "in float64 on the reference evaluator" in check.detail
+    with pytest.raises(onnxgbp.OnnxgbpError, match="tolerance 2 is no bound"):
+        verify_model(out, source, tolerance=2)
+
+
+def test_cuda_is_cuda_or_a_failing_row(source: Path) -> None:
+    check = row(verify_model(made(source), source, provider="cuda"), "runtime")
+    assert check.passed == ("onnxruntime on cuda" in check.detail)
+    assert check.passed or "CUDA" in check.detail
+
+
 @pytest.mark.parametrize("what", ["source", "truncated", "text", "missing"])
 def test_what_is_no_converted_file_is_refused_in_one_line(source: Path, what: str) -> None:
     out = made(source)

@@ -25,6 +25,7 @@ from onnx import numpy_helper
 from onnxgbp.checks.row import Check
 from onnxgbp.checks.subject import Subject
 from onnxgbp.compare import label_of, median_error, opset_of
+from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.trial import Array, is_free
 
@@ -172,7 +173,7 @@ _READERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
 def _forms(s: Subject, runtime: Runtime) -> Iterator[str]:
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in s.proto.graph.initializer}
+    values = {value.name: value for node in s.converted.model.graph for value in (*node.inputs, *node.outputs) if value}
     numbers = {tensor.name: tensor for tensor in s.proto.graph.initializer}
     for function in s.proto.functions:
         yield f"local function {function.name}"
@@ -182,10 +183,10 @@ def _forms(s: Subject, runtime: Runtime) -> Iterator[str]:
         if node.op_type in _ABSENT:
             yield f"{where} is {node.op_type}"
         if node.op_type == "ConvTranspose":
-            group, outs = int(_attribute(node, "group", 1)), shapes.get(node.input[1], (0,))[0]
+            group, kernel = int(_attribute(node, "group", 1)), dims_of(values[node.input[1]])
             if _attribute(node, "output_shape", None) is not None:
                 yield f"{where} is ConvTranspose with output_shape"
-            if group > 1 and outs != group:
+            if group > 1 and (kernel is None or kernel[0] != group):
                 yield f"{where} is ConvTranspose with several inputs a group"
         if node.op_type == "Pad":
             pads = _attribute(node, "pads", None)
