@@ -1,4 +1,4 @@
-"""The same source and options give the same bytes: in another process, in another order of hashing, written either way."""
+"""The same source and options give the same bytes: in another process, with other hashes, written either way."""
 
 from __future__ import annotations
 
