@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from onnxgbp.convert import GradientGraph, fixed_scale
+from onnxgbp.convert import BUILDERS, GradientGraph, fixed_scale
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.lower import PROFILES
 from onnxgbp.model import load
@@ -201,6 +201,13 @@ def _seed_scale(default: float | str) -> Callable[[Any], Any]:
     show_default=True,
     help="Fastest in ONNX Runtime, or right in every runtime.",
 )
+@click.option(
+    "--builder",
+    type=click.Choice(list(BUILDERS)),
+    default="onnxgbp",
+    show_default=True,
+    help="What differentiates: ours, or onnxruntime-training as a second opinion.",
+)
 @_seed_scale(1.0)
 @click.option(
     "--view", type=click.Choice(VIEWS), default="signed", show_default=True, help="Add such a view as output."
@@ -212,7 +219,7 @@ def _seed_scale(default: float | str) -> Callable[[Any], Any]:
 def convert(model: Path, out: Path, **options: Any) -> None:
     """Writes MODEL together with its attribution as one plain ONNX file."""
     aim = {name: options.pop(name) for name in ("target", "output", "unit", "seed", "wrt")}
-    aim["sweeps"] = len(options["methods"]) or 1
+    aim |= {"sweeps": len(options["methods"]) or 1, "builder": options.pop("builder")}
     source, scale = load(model), options.pop("seed_scale")
     graph = GradientGraph.build(source, **aim, seed_scale=fixed_scale(source, scale, aim, options))
     click.echo(f"{out}: {graph.save(out, **options)}")

@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from onnxgbp import training
 from onnxgbp.activations import Activation
 from onnxgbp.differentiate import differentiate, refuse_missing
 from onnxgbp.emit import PRIVATE, Emit, dims_of
@@ -44,9 +45,12 @@ from onnxgbp.views import View, add_views
 
 _NO_VIEW = View()
 
-__all__ = ["GradientGraph", "Rules", "convert", "describe", "fixed_scale", "result_names"]
+__all__ = ["BUILDERS", "GradientGraph", "Rules", "convert", "describe", "fixed_scale", "result_names"]
 
 Rules = str | Iterable[str | tuple[str, str]]
+
+# What writes the gradient of the explained tensor.
+BUILDERS = {"onnxgbp": differentiate, training.NAME: training.differentiate_by_training}
 
 
 def convert(
@@ -66,6 +70,7 @@ def convert(
     reduce: str = "none",
     heatmap: bool = False,
     seed_scale: float | str = 1.0,
+    builder: str = "onnxgbp",
 ) -> onnx.ModelProto:
     """Turns a classifier into one plain ONNX model that gives the original outputs and the attribution.
 
@@ -97,6 +102,7 @@ def convert(
         seed_scale: a power of two that the seed, and with it the whole of `attribution`, is multiplied by, so that a
             float16 map keeps within its range; `auto` tries the model on random inputs (with ONNX Runtime) and is 1
             for any other type. `input` makes it the last input, a scalar of the explained tensor's type.
+        builder: what differentiates: onnxgbp, or ort-training for a second opinion by that package, see `training.py`.
 
     Raises:
         OnnxgbpError: the model or an option cannot be used; the message names what, where, and the way out.
@@ -109,6 +115,7 @@ def convert(
         "seed": seed,
         "wrt": wrt,
         "sweeps": sweeps,
+        "builder": builder,
     }
     look: dict[str, Any] = {"method": method, "methods": methods, "rule": rule, "activations": activations}
     look |= {"profile": profile, "view": view, "reduce": reduce, "heatmap": heatmap}
@@ -155,6 +162,7 @@ class GradientGraph:
         wrt: str | Sequence[str] = (),
         sweeps: int = 1,
         seed_scale: float | str = 1.0,
+        builder: str = "onnxgbp",
     ) -> GradientGraph:
         """Differentiates a model. The arguments are those of `convert`; a seed_scale of `auto` is for `fixed_scale`."""
         if METADATA + "method" in source.model.metadata_props:
@@ -170,8 +178,11 @@ class GradientGraph:
             "seed": parse_seed(seed),
             "wrt": names,
             "sweeps": sweeps,
+            "builder": builder,
             "seed_scale": seed_scale if seed_scale == "input" else parse_seed_scale(seed_scale),
         }
+        if builder not in BUILDERS:
+            raise OnnxgbpError(f"no builder is called '{builder}': choose one of {', '.join(BUILDERS)}")
         try:
             return cls._build(source, arguments)
         except OpsetTooLowError as error:
@@ -195,7 +206,7 @@ class GradientGraph:
         results = []
         for sweep in range(arguments["sweeps"]):
             op.sweep = sweep
-            swept = [differentiate(op, explained.tensor, one, inputs, found) for one in seeds]
+            swept = [BUILDERS[arguments["builder"]](op, explained.tensor, one, inputs, found) for one in seeds]
             results.append({value: _stacked(op, [found[value] for found in swept], seed) for value in inputs})
         graph.extend(op.take())
         for sweep, result in enumerate(results):
@@ -223,6 +234,8 @@ class GradientGraph:
             options["unit"] = unit_text(arguments["unit"])
         if explained.stripped:
             options["stripped"] = stripped_text(explained)
+        if arguments["builder"] != "onnxgbp":
+            options["builder"] = training.version()
         if arguments["seed_scale"] != 1.0:
             options["seed_scale"] = str(arguments["seed_scale"])
         if chosen.note:

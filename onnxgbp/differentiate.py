@@ -19,7 +19,7 @@ from onnxgbp.quantisation import carries_integers
 from onnxgbp.step import Step, label
 from onnxgbp.vjps import REFUSED, VJPS, ZERO_GRADIENT, Entry
 
-__all__ = ["Path", "backpropagate", "differentiate", "find_path", "missing_rules", "refuse_missing"]
+__all__ = ["Path", "backpropagate", "differentiate", "find_path", "missing_rules", "pass_back", "refuse_missing"]
 
 Path = list[ir.Node]
 
@@ -115,13 +115,13 @@ def backpropagate(
         if all(dy is None for dy in dys):
             continue  # inside an activation's group, or read by nothing that carries a gradient
         op.scope = f"gradient/{label(node)}"
-        for value, dx in _step(op, node, dys, found, active):
+        for value, dx in pass_back(op, node, dys, found, active):
             gradients.setdefault(value, []).append(_typed(op, dx, value))
     op.scope = "gradient"
     return {value: _total(op, gradients, value) for value in wrt}
 
 
-def _step(
+def pass_back(
     op: Emit,
     node: ir.Node,
     dys: Sequence[ir.Value | None],
