@@ -24,7 +24,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxgbp.activations import Activation
-from onnxgbp.compare import extract
+from onnxgbp.compare import extract, opset_of
 from onnxgbp.differentiate import pass_back
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
@@ -67,11 +67,6 @@ def differentiate_by_training(
 
 def _forward(op: Emit, tensor: ir.Value, wrt: Sequence[ir.Value], nodes: Mapping[str, ir.Node]) -> onnx.ModelProto:
     """The part of the model between `wrt` and `tensor`, its nodes named so that their gradients can be told apart."""
-    if op.opset > _NEWEST:
-        raise OnnxgbpError(
-            f"{NAME} reads opset {_NEWEST} at most, and the model has {op.opset}: export it with an older one, or use "
-            "--builder onnxgbp"
-        )
     names = {node.outputs[0].name: name for name, node in nodes.items()}
     whole = ir.to_proto(ir.Model(op.graph, ir_version=_IR))
     typed = [*op.graph.inputs, *op.graph.initializers.values(), *(value for node in op.graph for value in node.outputs)]
@@ -79,8 +74,6 @@ def _forward(op: Emit, tensor: ir.Value, wrt: Sequence[ir.Value], nodes: Mapping
     cut = extract(whole, types, [tensor.name or ""], stop={value.name or "" for value in wrt})
     for node in cut.graph.node:
         node.name = names[node.output[0]]
-        if not node.domain:
-            node.output.extend(f"{node.name}/{i}" for i in range(len(node.output), _OUTPUTS.get(node.op_type, 0)))
     shapes = {value.name: dims_of(value) for value in (*wrt, tensor)}
     for value in (*cut.graph.input, *cut.graph.output):
         if (dims := shapes.get(value.name)) is not None:
@@ -102,11 +95,19 @@ def native_gradient(model: onnx.ModelProto, output: str, wrt: Sequence[str]) -> 
         The model, with one more input `onnxgbp_seed`; it runs in the training build alone.
 
     Raises:
-        OnnxgbpError: the package is not installed, or cannot differentiate the model.
+        OnnxgbpError: the package is not installed, or cannot read or differentiate the model.
     """
     builder, options = _builder()
+    if opset_of(model) > _NEWEST:
+        raise OnnxgbpError(
+            f"{NAME} reads opset {_NEWEST} at most, and the model has {opset_of(model)}: export it with an older one, "
+            "or use --builder onnxgbp"
+        )
     scored = onnx.ModelProto()
     scored.CopyFrom(model)
+    for node in scored.graph.node:
+        missing = range(len(node.output), 0 if node.domain else _OUTPUTS.get(node.op_type, 0))
+        node.output.extend(f"{node.name}/{i}" for i in missing)
     (value,) = (value for value in scored.graph.output if value.name == output)
     seed = scored.graph.input.add()
     seed.CopyFrom(value)
