@@ -15,7 +15,6 @@ names it. Python below 3.13, Linux: pip install 'onnxgbp[training-cpu]'.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,12 +27,12 @@ from onnxgbp.compare import extract, opset_of
 from onnxgbp.differentiate import pass_back
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
+from onnxgbp.installed import onnxruntime_distributions, onnxruntime_module
 from onnxgbp.step import label
 
 __all__ = ["NAME", "differentiate_by_training", "native_gradient"]
 
 NAME = "ort-training"
-_PACKAGES = ("onnxruntime-training-cpu", "onnxruntime-training")
 _OLDEST, _NEWEST = 13, 21  # opsets: older ones it differentiates into operators of newer ones; 1.19.2 reads no newer
 _IR = 10
 _MISSING = re.compile(r"has not been registered: (\w+)")
@@ -134,9 +133,9 @@ def version() -> str:
     Raises:
         OnnxgbpError: there is none.
     """
-    installed = [found for name in _PACKAGES for found in importlib.metadata.distributions(name=name)]
-    if installed:
-        return f"{NAME} {installed[0].version}"
+    for name, number in onnxruntime_distributions().items():
+        if name.startswith("onnxruntime-training"):
+            return f"{NAME} {number}"
     raise OnnxgbpError(
         f"--builder {NAME} needs a package that is not installed: in an environment of its own, of a Python below 3.13 "
         "on Linux, pip install 'onnxgbp[training-cpu]'"
@@ -146,13 +145,14 @@ def version() -> str:
 def _builder() -> tuple[Any, Any]:
     """The class that builds, and options that keep it quiet."""
     version()
+    options = onnxruntime_module().SessionOptions()
+    options.log_severity_level = 4
     try:
-        runtime, state = (importlib.import_module(f"onnxruntime{part}") for part in ("", ".capi._pybind_state"))
-        options = runtime.SessionOptions()
-        options.log_severity_level = 4
-        return state.GradientGraphBuilder, options
-    except (ImportError, AttributeError) as error:
-        raise OnnxgbpError(f"{NAME} cannot be imported ({error}); install it in an environment of its own") from None
+        return importlib.import_module("onnxruntime.capi._pybind_state").GradientGraphBuilder, options
+    except AttributeError:
+        raise OnnxgbpError(
+            f"{version()} has no GradientGraphBuilder: install 1.19.2, by 'onnxgbp[training-cpu]'"
+        ) from None
 
 
 def _read(
