@@ -336,8 +336,20 @@ def test_the_command(source: Path) -> None:
     assert failed.exit_code == 1
     told = json.loads(failed.stdout)
     assert not told["passed"]
+    assert set(told) == {"file", "source", "passed", "checks"}
     assert set(told["checks"][0]) == {"name", "passed", "detail", "figure", "tolerance"}
+    rows = [
+        "recorded facts",
+        "standard operators",
+        "forward unchanged",
+        "attribution",
+        "attribution reproduced",
+        "runtime",
+    ]
+    assert [check["name"] for check in told["checks"]] == rows  # scripts rely on them
     assert "FAIL  attribution reproduced" in runner.invoke(main, ["verify", str(bad)]).stdout
+    whole = json.loads(runner.invoke(main, ["verify", str(made(source)), "--source", str(source), "--json"]).stdout)
+    assert [check["name"] for check in whole["checks"]][2:4] == ["source file", "forward structure"]
 
 
 def narrow_step(model: onnx.ModelProto) -> None:

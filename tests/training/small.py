@@ -30,6 +30,11 @@ SMALL = {
         "c = GlobalAveragePool (b)  y = Flatten (c)",
         {"w": (4, 3, 3, 3)},
     ),
+    "small_dropout": (
+        "(float[N, 3, 8, 8] x) => (float[N, 4] y)",
+        "a = Conv (x, w)  b = Relu (a)  c = Dropout (b)  d = GlobalAveragePool (c)  y = Flatten (d)",
+        {"w": (4, 3, 3, 3)},
+    ),
     "small_average_3d": (
         "(float[N, 2, 6, 6, 6] x) => (float[N, 4] y)",
         "a = Conv (x, w)  b = Relu (a)  c = AveragePool <kernel_shape = [2, 3, 2], strides = [1, 1, 2]> (b) "
