@@ -12,8 +12,9 @@ import click
 from onnxgbp.convert import BUILDERS, GradientGraph, fixed_scale
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.lower import PROFILES
+from onnxgbp.methods import METHODS, parse_method, parse_methods, sampling_options
 from onnxgbp.model import load
-from onnxgbp.rules import RULES, parse_activations, parse_method, parse_methods, parse_rules
+from onnxgbp.rules import RULES, parse_activations, parse_rule, parse_rules
 from onnxgbp.scale import parse_seed_scale
 from onnxgbp.target import SEEDS, parse_channels, parse_class, parse_target, parse_unit
 from onnxgbp.views import REDUCTIONS, VIEWS
@@ -98,8 +99,17 @@ _method = click.option(
     "--method",
     default="guided",
     show_default=True,
-    metavar="|".join(RULES),
+    metavar="RULE|METHOD[:RULE]",
     callback=_parsed(parse_method),
+    help=f"The rule at every activation ({', '.join(RULES)}; rectgrad:95 sets its percentile), or what is made of its "
+    f"map ({', '.join(filter(None, METHODS))}).",
+)
+_rule_alone = click.option(
+    "--method",
+    default="guided",
+    show_default=True,
+    metavar="|".join(RULES),
+    callback=_parsed(parse_rule),
     help="The rule at every activation; rectgrad:95 sets its percentile.",
 )
 _seed = click.option(
@@ -146,6 +156,11 @@ _what = _options(
         metavar="TENSOR",
         help="Attribute to this tensor.  [default: the float inputs; the lookup of ids; the floats of pixels]",
     ),
+    click.option(
+        "--layer",
+        metavar="TENSOR",
+        help="The feature map of grad-cam and the like.  [default: the last before it is pooled or flattened]",
+    ),
     _rules,
 )
 _pixels = _options(
@@ -180,6 +195,28 @@ def _seed_scale(default: float | str) -> Callable[[Any], Any]:
         callback=_parsed(lambda value: value if value == "auto" else parse_seed_scale(value)),
         help="A power of two that keeps a float16 gradient in range; auto tries.",
     )
+
+
+_sampling = _options(
+    click.option("--n-samples", type=click.IntRange(1), help="Points of smoothgrad and the like.  [default: 50]"),
+    click.option(
+        "--stdevs",
+        metavar="SHARE%|FLOAT",
+        callback=_checked(lambda stdevs: sampling_options("smoothgrad", {"stdevs": stdevs})),
+        help="Width of the noise, a share of the image's range, or absolute.  [default: 15%]",
+    ),
+    click.option("--n-steps", type=click.IntRange(1), help="Points of integrated-gradients.  [default: 50]"),
+    click.option(
+        "--baseline",
+        metavar="FLOAT|FILE|FOLDER",
+        help="Where integrated-gradients starts: a number, a photo or a .npy; several for expected-gradients.  "
+        "[default: 0]",
+    ),
+    click.option("--random-seed", type=click.IntRange(0), help="Of the noise and the draws.  [default: 0]"),
+    click.option(
+        "--internal-batch-size", type=click.IntRange(1), help="How many such points run at once.  [default: 8]"
+    ),
+)
 
 
 @main.command()
@@ -218,8 +255,8 @@ def _seed_scale(default: float | str) -> Callable[[Any], Any]:
 @click.option("--heatmap", is_flag=True, help="Add the view as uint8, scaled to the largest of each sample.")
 def convert(model: Path, out: Path, **options: Any) -> None:
     """Writes MODEL together with its attribution as one plain ONNX file."""
-    aim = {name: options.pop(name) for name in ("target", "output", "unit", "seed", "wrt")}
-    aim |= {"sweeps": len(options["methods"]) or 1, "builder": options.pop("builder")}
+    aim = {name: options.pop(name) for name in ("target", "output", "unit", "seed", "wrt", "layer", "builder")}
+    aim["methods"] = options["methods"] or (options["method"],)
     source, scale = load(model), options.pop("seed_scale")
     graph = GradientGraph.build(source, **aim, seed_scale=fixed_scale(source, scale, aim, options))
     click.echo(f"{out}: {graph.save(out, **options)}")
@@ -244,6 +281,7 @@ def convert(model: Path, out: Path, **options: Any) -> None:
     help="The class to explain, an index or a name.",
 )
 @_seed_scale("auto")
+@_sampling
 @_prepare
 def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     """Explains photos: pictures, arrays and a manifest in a folder.
@@ -281,7 +319,7 @@ def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
 @click.option("--top", type=click.IntRange(1), default=9, show_default=True, help="How many images of each channel.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder for what is written.")
 @click.option("--whole", is_flag=True, help="Send back the channel's whole map, not the strongest unit alone.")
-@_method
+@_rule_alone
 @_seed
 @_rules
 @_prepare
@@ -368,9 +406,9 @@ def verify(out: Path, source: Path | None, as_json: bool, **options: Any) -> Non
 @click.option("--limit", type=click.IntRange(1), help="Use this many samples of --data.  [default: all]")
 @click.option(
     "--method",
-    metavar="|".join(RULES),
+    metavar="RULE|METHOD[:RULE]",
     callback=_parsed(lambda name: name and parse_method(name)),
-    help="The rule at every activation.  [default: guided, or what a converted file has]",
+    help="As for explain.  [default: guided, or what a converted file has]",
 )
 @click.option(
     "--target",

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from onnxgbp.external import copy_beside
 from onnxgbp.inputs import attributed, integer_ranges
 from onnxgbp.labels import labels_of
 from onnxgbp.lower import PROFILES, lower, merge_equal, prune
+from onnxgbp.methods import METHODS, Method, Sweeps, find_layer, find_method, parse_methods, refuse_sampled, rule_of
 from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
 from onnxgbp.recognise import recognise
-from onnxgbp.rules import Choice, audit, choose, depths, install, listed, parse_activations, parse_methods, parse_rules
+from onnxgbp.rules import Choice, audit, choose, depths, install, listed, parse_activations, parse_rules
 from onnxgbp.scale import computes_in_float16, parse_seed_scale, scaled
 from onnxgbp.stream import is_large, stream
 from onnxgbp.target import (
@@ -63,6 +64,7 @@ def convert(
     unit: Any = None,
     seed: str = "one",
     wrt: str | Sequence[str] = (),
+    layer: str | None = None,
     rule: Rules = (),
     activations: str | Sequence[str] = "all",
     profile: str = "ort",
@@ -78,12 +80,14 @@ def convert(
     tensor, where those are asked for), the source's outputs first, then `attribution` (raw and signed, shape and type
     of what is attributed to; `attribution_<name>` each for several), then `attribution_target` (int64 [N]).
     With K classes a sample, attributions are [N, K, ...] and `attribution_target` is [N, K]. With several methods there
-    is an `attribution_<method>` for each, over one forward pass.
+    is an `attribution_<method>` for each, over one forward pass. The shape of what is more than the map of a rule
+    stands in `methods.py`: that of grad-cam is [N, 1, H, W].
 
     Args:
         model: a path, or a `ModelProto`.
-        method: the rule at every activation: gradient, deconvnet, guided, as-relu or rectgrad; formulas and papers
-            stand in `rules.py`.
+        method: the rule at every activation: gradient, deconvnet, guided, as-relu or rectgrad; or what is made of its
+            map, METHOD or METHOD:RULE: input-x-gradient, grad-cam, guided-grad-cam or layer-activation-x-gradient.
+            Formulas and papers stand in `rules.py` and `methods.py`.
         methods: several of them, one attribution each, instead of `method`.
         target: what is explained for each sample: argmax, topK (such as top5), a class by its index or, where the
             metadata has labels, by its name; or input, inputK, seed to feed it when the model runs.
@@ -94,6 +98,8 @@ def convert(
         seed: one, or activation: the value at the target itself, as deconvnet's authors project a feature map.
         wrt: the tensors to attribute to; by default every float input, or, where the model has none, what is looked
             up for token ids and the floats of a uint8 picture: see `inputs.py`.
+        layer: the feature map of the methods that have one, a tensor or the node that makes it; by default the last
+            before its spatial axes are pooled or flattened.
         rule: (pattern, rule) pairs or 'PATTERN=RULE' strings; the first pattern that matches wins over `method`: a glob
             over node names, `type:` and a glob over operators, or `depth:<5`.
         activations: all, relu, or names: which activations get the rule, the others stay plain.
@@ -107,14 +113,16 @@ def convert(
     Raises:
         OnnxgbpError: the model or an option cannot be used; the message names what, where, and the way out.
     """
-    source, sweeps = load(model), len(parse_methods(method, methods))
+    names = parse_methods(method, methods)
+    source = load(model)
     place: dict[str, Any] = {
         "target": target,
         "output": output,
         "unit": unit,
         "seed": seed,
         "wrt": wrt,
-        "sweeps": sweeps,
+        "layer": layer,
+        "methods": names,
         "builder": builder,
     }
     look: dict[str, Any] = {"method": method, "methods": methods, "rule": rule, "activations": activations}
@@ -139,12 +147,14 @@ def fixed_scale(source: Source, seed_scale: Any, place: Mapping[str, Any], look:
 class GradientGraph:
     """A model with its gradient, differentiated once, its activation steps still open for any rule.
 
-    `sweeps` is the number of methods that one rendering may have side by side.
+    `kinds` are the methods of one rendering, side by side, without their rules; a rendering with others differentiates
+    anew.
     """
 
     source: Source
     model: ir.Model
-    found: tuple[Activation, ...]  # the activations that the gradient passes, in forward order
+    found: tuple[Activation, ...]  # the activations that a gradient passes, in forward order
+    passed: tuple[frozenset[str], ...]  # those of each sweep, by the name of their tensor y
     depths: dict[str, int]  # by the name of their tensor y
     explained: Explained
     options: dict[str, str]  # what the metadata will say of them
@@ -160,15 +170,20 @@ class GradientGraph:
         unit: Any = None,
         seed: str = "one",
         wrt: str | Sequence[str] = (),
-        sweeps: int = 1,
+        layer: str | None = None,
+        methods: str | Sequence[str] = ("gradient",),
         seed_scale: float | str = 1.0,
         builder: str = "onnxgbp",
     ) -> GradientGraph:
-        """Differentiates a model. The arguments are those of `convert`; a seed_scale of `auto` is for `fixed_scale`."""
+        """Differentiates a model. The arguments are those of `convert`; a seed_scale of `auto` is for `fixed_scale`.
+
+        Of the methods it counts here only what they make of a map, not their rules.
+        """
         if METADATA + "method" in source.model.metadata_props:
             raise OnnxgbpError(_already_converted(source))
-        names = listed(wrt, "wrt")
-        for option, name in [("output", output), *(("wrt", name) for name in names)]:
+        names, kinds = listed(wrt, "wrt"), parse_methods("gradient", methods)
+        refuse_sampled(kinds)
+        for option, name in [("output", output), ("layer", layer), *(("wrt", name) for name in names)]:
             if name is not None and not isinstance(name, str):
                 raise OnnxgbpError(f"{option} {name!r} is no name of a tensor")
         arguments: dict[str, Any] = {
@@ -177,7 +192,8 @@ class GradientGraph:
             "unit": parse_unit(unit),
             "seed": parse_seed(seed),
             "wrt": names,
-            "sweeps": sweeps,
+            "layer": layer,
+            "methods": kinds,
             "builder": builder,
             "seed_scale": seed_scale if seed_scale == "input" else parse_seed_scale(seed_scale),
         }
@@ -203,26 +219,39 @@ class GradientGraph:
         op = Emit(graph)
         seed = make_seed(op, explained, target, arguments["unit"], arguments["seed"])
         seeds = scaled(op, seed.seeds, arguments["seed_scale"])
-        results = []
-        for sweep in range(arguments["sweeps"]):
-            op.sweep = sweep
-            swept = [BUILDERS[arguments["builder"]](op, explained.tensor, one, inputs, found) for one in seeds]
-            results.append({value: _stacked(op, [found[value] for found in swept], seed) for value in inputs})
+        layer = _layer(graph, explained, inputs, found, arguments)
+
+        def sweep(number: int, seed: ir.Value) -> Callable[[Sequence[ir.Value]], list[ir.Value]]:
+            def gradients(tensors: Sequence[ir.Value]) -> list[ir.Value]:
+                op.sweep = number
+                swept = BUILDERS[arguments["builder"]](op, explained.tensor, seed, tensors, found)
+                op.scope = "method"
+                return [swept[value] for value in tensors]
+
+            return gradients
+
+        results, methods = [], arguments["methods"]
+        for number, method in enumerate(methods):
+            write = find_method(method).write
+            each = []
+            for one, unscaled in zip(seeds, seed.seeds, strict=True):
+                own, plain = sweep(number, one), sweep(len(methods), unscaled)  # the last of the sweeps stays plain
+                each.append(write(Sweeps(op, inputs, layer, source.model.metadata_props, own, plain)))
+            results.append([(_stacked(op, maps, seed), maps[0].shape) for maps in zip(*each, strict=True)])
         graph.extend(op.take())
-        for sweep, result in enumerate(results):
-            for value in inputs:
+        for number, result in enumerate(results):
+            for value, (attribution, dims) in zip(inputs, result, strict=True):
                 name = f"attribution_{value.name}" if len(inputs) > 1 else "attribution"
-                name = f"{_SWEEP}{sweep}_{name}" if len(results) > 1 else name
-                _output(
-                    op, name, result[value], _with_classes(value.meta.get("declared", (None, value.shape))[1], seed)
-                )
+                name = f"{_SWEEP}{number}_{name}" if len(results) > 1 else name
+                _output(op, name, attribution, _with_classes(_declared(value, dims), seed))
         batch = (dims_of(explained.tensor) or (1,))[:1]
         shape = ir.Shape([dim if _named(dim) else None for dim in batch])
         _output(op, "attribution_target", seed.target, _with_classes(shape, seed))
-        marked = [
-            node.meta["activation"]
-            for node in graph.all_nodes()
-            if node.op_type == "Activation" and node.domain == PRIVATE
+        marks = [node for node in graph.all_nodes() if node.op_type == "Activation" and node.domain == PRIVATE]
+        marked = [node.meta["activation"] for node in marks]
+        passed = [
+            frozenset(node.meta["activation"].y.name or "" for node in marks if node.meta["sweep"] == number)
+            for number in range(len(methods))
         ]
         options = {
             "target": str(target),
@@ -236,13 +265,19 @@ class GradientGraph:
             options["stripped"] = stripped_text(explained)
         if arguments["builder"] != "onnxgbp":
             options["builder"] = training.version()
+        if layer is not None:
+            options["layer"] = layer.name or ""
         if arguments["seed_scale"] != 1.0:
             options["seed_scale"] = str(arguments["seed_scale"])
         if chosen.note:
             options["attributed"] = chosen.note
         order = [activation for activation in found.values() if activation in marked]
         order += [activation for activation in marked if activation.node not in found]  # in the bodies of control flow
-        return cls(source, model, tuple(order), depths(graph, order), explained, options, arguments)
+        return cls(source, model, tuple(order), tuple(passed), depths(graph, order), explained, options, arguments)
+
+    @property
+    def kinds(self) -> list[Method]:
+        return [find_method(method) for method in self.arguments["methods"]]
 
     @property
     def seed_classes(self) -> int | None:
@@ -253,7 +288,7 @@ class GradientGraph:
         self, *, method: str = "guided", rule: Rules = (), activations: str | Sequence[str] = "all"
     ) -> dict[str, Choice]:
         """The rule of every activation, keyed by the name of its output: the audit."""
-        return choose(self.found, parse_rules(method, rule), parse_activations(activations), self.depths)
+        return choose(self.found, parse_rules(rule_of(method), rule), parse_activations(activations), self.depths)
 
     def render(
         self,
@@ -323,8 +358,8 @@ class GradientGraph:
     ) -> ir.Model:
         if profile not in PROFILES:
             raise OnnxgbpError(f"no profile is called '{profile}': choose one of {', '.join(PROFILES)}")
-        if len(methods) != self.arguments["sweeps"]:
-            again = GradientGraph.build(self.source, **self.arguments | {"sweeps": len(methods)})
+        if [find_method(method) for method in methods] != self.kinds:
+            again = GradientGraph.build(self.source, **self.arguments | {"methods": methods})
             return again._finished(methods, rule, activations, profile, view, measure=measure)
         rules = listed(rule, "rule")
         choices = [self.choices(method=method, rule=rules, activations=activations) for method in methods]
@@ -332,7 +367,7 @@ class GradientGraph:
         op = Emit(model.graph)
         _name_sweeps(op, methods)
         try:
-            install(op, choices, measure=measure)
+            install(op, [*choices, self.choices(method="gradient")], measure=measure)
             lower(op, profile)
             if view.asked:
                 rows = 1 if self.seed_classes is None else 2
@@ -351,7 +386,7 @@ class GradientGraph:
             | view.metadata()
             | {
                 "activations": activations if isinstance(activations, str) else ",".join(activations),
-                "audit": json.dumps(_audited(methods, choices), ensure_ascii=False),
+                "audit": json.dumps(_audited(methods, choices, self.passed), ensure_ascii=False),
                 "method": ",".join(methods),
                 "profile": profile,
                 "rules": json.dumps([f"{pattern}={name}" for pattern, name in _rules(methods, rules)]),
@@ -387,21 +422,52 @@ def result_names(methods: Sequence[str], wrt: Sequence[str]) -> dict[str, str]:
 
 def _rules(methods: Sequence[str], rules: Rules) -> list[tuple[str, str]]:
     """The first-match list, of which the last line is the method, or the methods."""
-    return [*parse_rules(methods[0], rules)[:-1], ("*", ",".join(methods))]
+    return [*parse_rules(rule_of(methods[0]), rules)[:-1], ("*", ",".join(methods))]
 
 
-def _audited(methods: Sequence[str], choices: Sequence[dict[str, Choice]]) -> list[dict[str, Any]]:
+def _audited(
+    methods: Sequence[str], choices: Sequence[dict[str, Choice]], passed: Sequence[frozenset[str]]
+) -> list[dict[str, Any]]:
     """The audit as the metadata keeps it: without what is empty; a row names its method if there are several."""
     rows = []
-    for method, chosen in zip(methods, choices, strict=True):
+    for method, chosen, own in zip(methods, choices, passed, strict=True):
         named = {"method": method} if len(methods) > 1 else {}
-        for row in audit(chosen.values()):
+        for row in audit(choice for y, choice in chosen.items() if y in own):
             del row["input"], row["output"]  # they follow from the node
             rows.append(named | {name: value for name, value in row.items() if value})
     return rows
 
 
-def _stacked(op: Emit, gradients: list[ir.Value], seed: Seed) -> ir.Value:
+def _layer(
+    graph: ir.Graph,
+    explained: Explained,
+    inputs: Sequence[ir.Value],
+    found: Mapping[ir.Node, Activation],
+    arguments: Mapping[str, Any],
+) -> ir.Value | None:
+    """The feature map of the methods that have one."""
+    methods = [method for method in arguments["methods"] if find_method(method).layer]
+    if not methods:
+        if arguments["layer"] is not None:
+            having = ", ".join(name for name, method in METHODS.items() if method.layer)
+            raise OnnxgbpError(f"{arguments['methods'][0]} has no layer: leave it out, or choose one of {having}")
+        return None
+    if len(inputs) > 1:
+        names = ", ".join(f"'{value.name}'" for value in inputs)
+        raise OnnxgbpError(f"{methods[0]} is of one tensor, and these would be attributed to: {names}; choose by --wrt")
+    return find_layer(graph, explained, inputs, found, arguments["layer"])
+
+
+def _declared(value: ir.Value, dims: ir.Shape | None) -> ir.Shape | None:
+    """The shape of a map: what the source declares of the tensor that it has the shape of, else what is known."""
+    if dims is None or dims == value.shape:
+        declared: ir.Shape | None = value.meta.get("declared", (None, value.shape))[1]
+        return declared
+    sizes = [dim if isinstance(dim, int) else dim.value for dim in dims]
+    return ir.Shape([size if _named(size) else None for size in sizes])
+
+
+def _stacked(op: Emit, gradients: Sequence[ir.Value], seed: Seed) -> ir.Value:
     """The gradients of K classes as one tensor [N, K, ...]."""
     if seed.count is None:
         return gradients[0]
@@ -437,6 +503,7 @@ def describe(converted: onnx.ModelProto) -> str:
     behind += f"; {said['attributed']}" if "attributed" in said else ""
     others = [rule for rule in json.loads(said["rules"]) if rule != f"*={said['method']}"]
     mixed = f", with {', '.join(others)}," if others else ""
+    mixed += f" at '{said['layer']}'" if "layer" in said else ""
     scale = f", times {said['seed_scale'].removesuffix('.0')}" if "seed_scale" in said else ""
     return f"{said['method']}{mixed} of '{said['explained']}' ({unit}) with respect to {wrt}{scale}{behind}"
 

@@ -59,6 +59,8 @@ def why_blank(converted: onnx.ModelProto, feeds: Arrays, sample: int = 0) -> str
     explained = {name: label(node) for node in converted.graph.node for name in node.output}.get(said["explained"])
     reasons = [_reason(name, operator, kinds.get(name), name == explained) for name, operator in ends.items()]
     more = f" and at {len(reasons) - _SHOWN} other nodes" if len(reasons) > _SHOWN else ""
+    if not reasons:
+        return f"a gradient arrives, and what {said['method']} makes of it is zero"
     return "; ".join(reasons[:_SHOWN]) + more
 
 

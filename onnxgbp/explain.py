@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from onnxgbp.data import batches
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import output_file, write
 from onnxgbp.images import Preprocessing, in_type, photos_in, read
 from onnxgbp.labels import labels_of
+from onnxgbp.methods import sampling_text
 from onnxgbp.model import METADATA
 from onnxgbp.render import PERCENTILE, overlay, signed_picture
 from onnxgbp.runtime import Explainer, Explanation
@@ -50,9 +52,16 @@ def explain_images(
     unit: Any = None,
     seed: str | None = None,
     wrt: Sequence[str] = (),
+    layer: str | None = None,
     rule: Sequence[str | tuple[str, str]] = (),
     activations: str | Sequence[str] | None = None,
     seed_scale: float | str = "auto",
+    n_samples: int | None = None,
+    stdevs: str | float | None = None,
+    n_steps: int | None = None,
+    baseline: str | float | None = None,
+    random_seed: int | None = None,
+    internal_batch_size: int | None = None,
     provider: str = "auto",
     **preprocessing: Any,
 ) -> list[Path]:
@@ -70,9 +79,16 @@ def explain_images(
         unit: as for `Explainer`; excludes a target.
         seed: as for `Explainer`.
         wrt: as for `Explainer`, but one tensor of the form [N, C, H, W].
+        layer: as for `Explainer`.
         rule: as for `Explainer`.
         activations: as for `Explainer`.
         seed_scale: as for `Explainer`.
+        n_samples: as for `Explainer`.
+        stdevs: as for `Explainer`.
+        n_steps: as for `Explainer`.
+        baseline: a number, or where samples are read from as `data.batches` does: a photo, a folder of them, a .npy.
+        random_seed: as for `Explainer`.
+        internal_batch_size: as for `Explainer`.
         provider: as for `Explainer`.
         **preprocessing: size, crop, channels, scale, mean, std, layout, each overriding what the model's metadata says.
 
@@ -91,20 +107,31 @@ def explain_images(
         unit=unit,
         seed=seed,
         wrt=wrt,
+        layer=layer,
         rule=rule,
         activations=activations,
         seed_scale=seed_scale,
+        n_samples=n_samples,
+        stdevs=stdevs,
+        n_steps=n_steps,
+        baseline=baseline,
+        random_seed=random_seed,
+        internal_batch_size=internal_batch_size,
     )
     if len(explainer.inputs) != 1 or len(explainer.wrt) != 1:
         inputs = ", ".join(f"'{spec.name}'" for spec in explainer.inputs)
         raise OnnxgbpError(f"pictures are drawn for one image input; this one takes {inputs}: use onnxgbp.Explainer")
     prepared = Preprocessing.of(explainer.metadata, explainer.inputs[0], **preprocessing)
     explainer.check_target(target)
+    start = _baseline(explainer, **preprocessing)
     labels = labels_of(explainer.metadata)
     make_folder(out, images)
 
     echo(_headline(explainer))
     echo(f"input: {prepared}")
+    sampled = sampling_text(explainer.options)
+    if sampled:
+        echo(", ".join(f"{name} {text}" for name, text in sampled.items()))
     if prepared.assumed:
         echo(f"the model does not say how to prepare an image; assumed {', '.join(prepared.assumed)}")
     entries: list[dict[str, Any]] = []
@@ -114,7 +141,7 @@ def explain_images(
             try:
                 photo = read(path)
                 x = in_type(prepared.prepare(photo), explainer.inputs[0].dtype)[np.newaxis]
-                result = explainer(x, target)
+                result = explainer(x, target, baseline=start)
                 entry, pictures, attribution = _explained(explainer, prepared, photo, x, result, labels)
             except OnnxgbpError as error:
                 said = str(error)
@@ -171,6 +198,15 @@ def _model_and_images(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
             f"the bundled network is not there: {way_out}: onnxgbp explain MODEL.onnx IMAGE... -o FOLDER"
         )
     return model, images
+
+
+def _baseline(explainer: Explainer, **preprocessing: Any) -> npt.NDArray[Any] | None:
+    """The samples that a baseline names, prepared as the images are; None where it is a number or there is none."""
+    given = explainer.options.get("baseline")
+    if not isinstance(given, str):
+        return None
+    inputs, metadata = explainer.inputs, explainer.metadata
+    return np.concatenate([batch.feeds[inputs[0].name] for batch in batches(given, inputs, metadata, **preprocessing)])
 
 
 def make_folder(out: Path, images: Sequence[Path]) -> None:
@@ -254,6 +290,8 @@ def _explained(
     # A picture of integers is attributed to at its floats, which lie as its pixels do unless they were turned before.
     as_floats = METADATA + "attributed" in explainer.metadata and attribution.shape == x.shape[1:]
     own = explainer.wrt[0] == explainer.inputs[0].name or as_floats
+    rows_columns = slice(-3, -1) if prepared.layout == "nhwc" else slice(-2, None)
+    own = own and attribution.shape[rows_columns] == x.shape[rows_columns]  # else it is the map of a layer
     layout, channels = (prepared.layout, prepared.channels) if own else ("nchw", "")
     signed = signed_picture(attribution, layout=layout, channels=channels)
     laid = overlay(attribution, prepared.cropped(photo), layout=layout)
@@ -275,6 +313,8 @@ def _explained(
         "overlay_clip": laid.clip,
         "warning": "; ".join(filter(None, (signed.warning, result.float16))) or None,
     }
+    if result.completeness_gap is not None:
+        entry["completeness_gap"] = float(result.completeness_gap[0])
     return entry, {"attribution": signed.image, "overlay": laid.image}, attribution
 
 
@@ -285,10 +325,11 @@ def _label(labels: list[str], index: int) -> str | None:
 def _headline(explainer: Explainer) -> str:
     said = {key.removeprefix(METADATA): value for key, value in explainer.metadata.items()}
     unit = f" (unit {said['unit']})" if "unit" in said else ""
+    layer = f" at '{said['layer']}'" if "layer" in said else ""
     behind = "".join(f"; {said[name]}" for name in ("stripped", "attributed") if name in said)
     rules = [rule for rule in json.loads(said["rules"]) if rule != f"*={said['method']}"]
     mixed = f", with {', '.join(rules)}" if rules else ""
-    what = f"{said['method']}{mixed} of '{said['explained']}'{unit}"
+    what = f"{said['method']}{mixed} of '{said['explained']}'{unit}{layer}"
     return f"{shown(explainer.name)}: {what} on {explainer.provider}{behind}"
 
 
@@ -305,6 +346,8 @@ def _lines(path: Path, entry: dict[str, Any]) -> Iterator[str]:
     said = f"unit {entry['unit']}" if entry["unit"] else f"{entry['target']} {entry['label'] or ''}"
     yield f"  explained: {said}".rstrip()
     yield f"  clip: {entry['clip']:.4g} ({PERCENTILE:g}th percentile of |attribution|)"
+    if "completeness_gap" in entry:
+        yield f"  completeness gap: {entry['completeness_gap']:.4g}"
     if entry["warning"]:
         yield f"  warning: {entry['warning']}"
 

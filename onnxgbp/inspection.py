@@ -22,6 +22,7 @@ from onnxgbp.differentiate import find_path, missing_rules
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.inputs import Attributed, attributed
+from onnxgbp.methods import find_layer, find_method, rule_of
 from onnxgbp.model import METADATA, OLDEST_OPSET, Source, load
 from onnxgbp.recognise import recognise
 from onnxgbp.rules import Choice, audit, choose, depths, parse_activations, parse_rules
@@ -65,6 +66,7 @@ def inspect_model(
     unit: Any = None,
     seed: str = "one",
     wrt: str | Sequence[str] = (),
+    layer: str | None = None,
     rule: Rules = (),
     activations: str | Sequence[str] = "all",
     profile: str = "ort",
@@ -91,6 +93,7 @@ def inspect_model(
         "activations": activations,
     }
     place: dict[str, Any] = {"target": target, "output": output, "unit": unit, "seed": seed, "wrt": wrt}
+    place |= {"layer": layer, "methods": [method]}
     found, graph = _source_facts(source, options, place)
     if graph is not None and not found["obstacles"]:
         try:
@@ -193,14 +196,17 @@ def _source_facts(
     """The facts, and the gradient where there is one: it alone knows the activations in the bodies of control flow."""
     graph, obstacles = source.model.graph, list[str]()
     names = [place["wrt"]] if isinstance(place["wrt"], str) else list(place["wrt"])
-    chosen, explained, path = Attributed((), ()), None, Nodes()
+    chosen, explained, path, layer = Attributed((), ()), None, Nodes(), None
+    found, method = recognise(graph), find_method(options["method"])
     try:
         chosen = attributed(graph, names, place["output"])
         explained = explained_tensor(graph, chosen.tensors, place["output"])
-        path = find_path(graph, explained.tensor, chosen.tensors)
+        if method.layer:
+            layer = find_layer(graph, explained, chosen.tensors, found, place["layer"])
+        ends = [*(chosen.tensors if method.inputs else ()), *([layer] if layer is not None else ())]
+        path = find_path(graph, explained.tensor, ends)
     except OnnxgbpError as error:
         obstacles.append(str(error))
-    found = recognise(graph)
     passed = _passed(path, explained.tensor, found) if explained is not None else []
     missing = missing_rules(path, explained.tensor, found) if explained is not None else []
     choices, made = list[Choice](), None
@@ -210,14 +216,15 @@ def _source_facts(
         except OnnxgbpError as error:
             obstacles.append(str(error))
     try:
-        rules, kinds = parse_rules(options["method"], options["rule"]), parse_activations(options["activations"])
+        rules, kinds = parse_rules(rule_of(options["method"]), options["rule"]), options["activations"]
         reached, depth = (made.found, made.depths) if made is not None else (passed, depths(graph, passed))
-        choices = list(choose(reached, rules, kinds, depth).values())
+        choices = list(choose(reached, rules, parse_activations(kinds), depth).values())
     except OnnxgbpError as error:
         obstacles.append(str(error))
     facts = {
         "explained": _explained_facts(explained) if explained is not None else None,
         "wrt": [_tensor_facts(value) for value in chosen.tensors],
+        "layer": _tensor_facts(layer) if layer is not None else None,
         "activations": audit(choices),
         "plain": [choice.name for choice in choices if choice.rule == "gradient"],
         "not_reached": [label(node) for node, activation in found.items() if activation not in passed],
@@ -274,7 +281,7 @@ def _notes(explained: Explained, found: Mapping[ir.Node, Activation], choices: S
             "all-zero guided map"
         )
     if not choices:
-        notes.append("no activation lies on the path: every method gives the plain gradient")
+        notes.append("no activation lies on the path: every rule gives the plain gradient")
     return notes
 
 
@@ -301,6 +308,7 @@ def _converted_text(found: Mapping[str, Any]) -> list[str]:
 def _source_text(found: Mapping[str, Any]) -> list[str]:
     lines = [f"explained  {_value_text(found['explained'])}"] if found["explained"] else []
     lines += [f"wrt        {_value_text(value)}" for value in found["wrt"]]
+    lines += [f"layer      {_value_text(found['layer'])}"] if found["layer"] else []
     lines += [f"note       {note}" for note in found["notes"]]
     rows = found["activations"]
     if rows:

@@ -42,9 +42,9 @@ __all__ = [
     "choose",
     "depths",
     "install",
+    "listed",
     "parse_activations",
-    "parse_method",
-    "parse_methods",
+    "parse_rule",
     "parse_rules",
 ]
 
@@ -187,32 +187,19 @@ def listed(value: Any, option: str) -> list[Any]:
         raise OnnxgbpError(f"{option} {value!r} is neither a text nor a list of them") from None
 
 
-def parse_method(method: str) -> str:
+def parse_rule(rule: str) -> str:
     """The name of a rule, with its numbers if it has any: guided, rectgrad:95.
 
     Raises:
         OnnxgbpError: no such rule.
     """
-    name = method.strip() if isinstance(method, str) else method
+    name = rule.strip() if isinstance(rule, str) else rule
     _find(name)
     return name
 
 
-def parse_methods(method: str, methods: str | Sequence[str] = ()) -> tuple[str, ...]:
-    """The rules that a model gives one attribution each for: `methods`, or else the one `method`.
-
-    Raises:
-        OnnxgbpError: no such rule, or one named twice.
-    """
-    given = methods.split(",") if isinstance(methods, str) and methods else listed(methods or [method], "methods")
-    names = tuple(parse_method(name) for name in given)
-    if len(set(names)) < len(names):
-        raise OnnxgbpError(f"a method is named twice: {', '.join(names)}")
-    return names
-
-
-def parse_rules(method: str, rules: str | Iterable[str | tuple[str, str]]) -> list[tuple[str, str]]:
-    """First-match list of (pattern, rule); `method` stands last, as '*=METHOD'.
+def parse_rules(last: str, rules: str | Iterable[str | tuple[str, str]]) -> list[tuple[str, str]]:
+    """First-match list of (pattern, rule), of which ('*', last) is the last.
 
     A pattern is a glob over the names of nodes, or `type:GLOB` over operators and kinds of activations, or `depth:<5`
     (also <=, >, >=, =; negative numbers count from the deepest, which is -1).
@@ -229,7 +216,7 @@ def parse_rules(method: str, rules: str | Iterable[str | tuple[str, str]]) -> li
         if pattern.startswith("depth:") and not _DEPTH.fullmatch(pattern):
             raise OnnxgbpError(f"'{pattern}' is no depth: write depth:<5 or, for the last three, depth:>=-3")
         parsed.append((pattern, name))
-    parsed.append(("*", method))
+    parsed.append(("*", last))
     for _, name in parsed:
         _find(name)
     return parsed
@@ -355,8 +342,9 @@ def install(op: Emit, choices: Sequence[Mapping[str, Choice]], *, measure: bool 
     Args:
         op: writes to the graph that holds the marked calls.
         choices: for each sweep through the graph, by the name of the tensor y.
-        measure: adds an output for each activation of the main graph: the sums of squares, float32 [4], of the gradient
-            that arrives, of its plain step, of that step where it arrives negative, and of what the rule lets through.
+        measure: adds an output for each activation of the main graph, in the first sweep: the sums of squares, float32
+            [4], of the gradient that arrives, of its plain step, of that step where it arrives negative, and of what
+            the rule lets through.
     """
     energies: dict[str, ir.Value] = {}
 
@@ -369,7 +357,7 @@ def install(op: Emit, choices: Sequence[Mapping[str, Choice]], *, measure: bool 
         rule, numbers = _find(choices[node.meta["sweep"]][y.name or ""].rule)
         edge = Edge(op, activation, dy)
         passed = rule(edge, *numbers)
-        if measure and node.graph is op.graph:
+        if measure and node.graph is op.graph and not node.meta["sweep"]:
             negative = edge.step(op.Sub(dy, op.Relu(dy)))
             parts = [_square_sum(op, value) for value in (dy, edge.step(dy), negative, passed)]
             energies[MEASURED + label(marked.node)] = op.Concat(*parts, axis=0)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,8 +26,18 @@ from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.installed import onnxruntime_module
 from onnxgbp.labels import find_label, labels_of
+from onnxgbp.methods import (
+    At,
+    Sample,
+    find_method,
+    parse_method,
+    parse_methods,
+    rule_of,
+    sampling_options,
+    sampling_text,
+)
 from onnxgbp.model import METADATA, ModelLike, Source, load
-from onnxgbp.rules import listed, parse_methods, parse_rules
+from onnxgbp.rules import listed, parse_rules
 from onnxgbp.scale import Census, computes_in_float16, fit, lost, parse_seed_scale, start
 from onnxgbp.target import classes_of, parse_unit, unit_text
 
@@ -78,9 +89,9 @@ class Explanation:
     """What one call gives.
 
     attribution: raw and signed, shape and dtype of the tensor that is attributed to (the input, or for a model of
-        integers their lookup or floats), float32 where the seed's scale was divided out of float16; [N, K, ...] for K
-        targets a sample. A dict by tensor name where several are attributed to, a dict by method where there are
-        several methods, of such dicts where both.
+        integers their lookup or floats; the map of grad-cam is [N, 1, H, W], see `methods.py`), float32 where the
+        seed's scale was divided out of float16; [N, K, ...] for K targets a sample. A dict by tensor name where several
+        are attributed to, a dict by method where there are several methods, of such dicts where both.
     scores: the model's own output that the explained tensor belongs to, as the model returns it (probabilities where
         the model ends in a softmax); of an inner tensor, the model's first float output.
     target: int64 [N], or [N, K]: the class (or channel) that was explained for each sample.
@@ -88,6 +99,9 @@ class Explanation:
     warning: what a reader has to know of the attribution (a sample of nothing but zeros, numbers that are not finite,
         counts of what float16 could not hold), or ''.
     float16: the last of these alone.
+    options: those of a method that runs the model at many points, as they were used: n_samples, stdevs and so on.
+    completeness_gap: float64 [N], or [N, K]; of integrated gradients: the sum of the attribution less the difference
+        of the explained scores at the input and the baseline.
     """
 
     attribution: Any  # an array nearly always: no caller should have to tell a type checker so
@@ -96,6 +110,20 @@ class Explanation:
     outputs: dict[str, Any]
     warning: str = ""
     float16: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    completeness_gap: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What one run of the model gives."""
+
+    outputs: dict[str, Any]  # the model's own
+    attributions: list[Array]
+    chosen: npt.NDArray[np.int64]
+    explained: Any  # the explained tensor, None where no method needs it
+    scale: float  # of the seed; it is divided out
+    float16: str  # what that could not hold
 
 
 class Explainer:
@@ -111,8 +139,17 @@ class Explainer:
 
     Args:
         model: a path or a `ModelProto`: a classifier, or a file that `convert` wrote, which is run as it is.
-        method: as for `convert` (None: guided), like methods, output, unit, seed, wrt, rule, activations and profile.
-            For a converted file each may only repeat what it was converted with. `unit` fixes the target.
+        method: as for `convert` (None: guided), like methods, output, unit, seed, wrt, layer, rule, activations and
+            profile. For a converted file each may only repeat what it was converted with. `unit` fixes the target.
+            Besides, METHOD or METHOD:RULE of smoothgrad, smoothgrad-squared, vargrad, integrated-gradients and
+            expected-gradients, which run the model at many points; formulas and papers stand in `methods.py`.
+        n_samples, stdevs, random_seed: of the first three and of expected-gradients, by default 50, '15%' and 0: how
+            many points; the width of the noise, a share of the range of each sample, or absolute as a number; the seed,
+            of which alone the noise depends, not on the batch.
+        n_steps, baseline: of integrated-gradients, by default 50 and 0; of expected-gradients an array of samples. A
+            call may name another baseline.
+        internal_batch_size: how many rows of such points run at once, by default 8, but never less than the batch; of
+            a model whose batch is fixed, one point of each sample.
         seed_scale: a power of two, for models that compute in float16: the seed, divided out of the attribution again.
             auto chooses it for each call, and runs the model again (six times at most) where nothing it tried fits;
             a converted file keeps its own.
@@ -140,10 +177,17 @@ class Explainer:
         seed: str | None = None,
         top: int | None = None,
         wrt: str | Sequence[str] = (),
+        layer: str | None = None,
         rule: Rules = (),
         activations: str | Sequence[str] | None = None,
         profile: str | None = None,
         seed_scale: float | str = "auto",
+        n_samples: int | None = None,
+        stdevs: str | float | None = None,
+        n_steps: int | None = None,
+        baseline: Any = None,
+        random_seed: int | None = None,
+        internal_batch_size: int | None = None,
         threads: int | None = None,
         diagnose: bool = True,
         warm_up: bool = False,
@@ -154,12 +198,21 @@ class Explainer:
             raise OnnxgbpError(f"threads is {threads!r}, not a count of 1 or more")
         wrt, rule = tuple(listed(wrt, "wrt")), tuple(listed(rule, "rule"))
         methods = parse_methods("guided", methods) if methods else ()
+        method = None if method is None else parse_method(method)
+        sampling = {"n_samples": n_samples, "stdevs": stdevs, "n_steps": n_steps, "baseline": baseline}
+        sampling |= {"random_seed": random_seed, "internal_batch_size": internal_batch_size}
+        self._sample: Sample | None = None if methods else find_method(method or "guided").sample
+        self.options = sampling_options(",".join(methods) or method or "guided", sampling)
+        """Those of a method that runs the model at many points, with the defaults; {} of the others."""
         what: dict[str, Any] = {"method": method, "methods": methods, "output": output, "unit": unit, "seed": seed}
-        what |= {"wrt": wrt, "rule": rule, "activations": activations, "profile": profile, "top": top}
+        what |= {"wrt": wrt, "layer": layer, "rule": rule, "activations": activations, "profile": profile, "top": top}
         self._fixed_scale = None if seed_scale == "auto" else parse_seed_scale(seed_scale)
         what["seed_scale"] = self._fixed_scale
         self._options: dict[str, Any] = {**what, "provider": provider, "threads": threads, "diagnose": diagnose}
-        self._options |= {"seed_scale": seed_scale, "warm_up": warm_up}
+        self._options |= {"seed_scale": seed_scale, "warm_up": warm_up, **sampling}
+        if self._sample is not None:
+            what["method"] = rule_of(method or "")  # the graph that runs at each point
+        self._what = what
         self._diagnose = diagnose and not warm_up  # not of the zeros that it is warmed up with
         self._of_several: dict[int, Explainer] = {}
         self._lock = threading.Lock()
@@ -180,28 +233,31 @@ class Explainer:
         self._batch_dim = dims[0] if dims else None
         self.metadata = {entry.key: entry.value for entry in proto.metadata_props}
         """The metadata of the model that runs: the source's, and what `convert` adds under `onnxgbp.`."""
+        self._watch(proto)
         self._session = open_session(proto, source, provider, threads)
         self.provider = provider_of(self._session)
         """Where it runs: cpu or cuda."""
         self._read_interface(proto)
+        if self._sample is not None:
+            self._prepare_sampling(method or "")
         if warm_up:
             self({spec.name: _zeros(spec) for spec in self.inputs})
             self._diagnose = diagnose
 
     def _converted(self, source: Source) -> tuple[onnx.ModelProto, ir.Value | None]:
         """The model that runs, and the tensor that it explains."""
-        model, what = self._model, self._options
+        model, what = self._model, self._what
         if METADATA + "method" in source.model.metadata_props:
             proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
             explained = source.model.metadata_props[METADATA + "explained"]
             return proto, next((v for v in _values(source.model) if v.name == explained), None)
         target = "argmax" if what["unit"] is not None else "input" if what["top"] is None else f"input{what['top']}"
-        place = {name: what[name] for name in ("output", "unit", "wrt")} | {"seed": what["seed"] or "one"}
+        place = {name: what[name] for name in ("output", "unit", "wrt", "layer")} | {"seed": what["seed"] or "one"}
+        methods = what["methods"] or (what["method"] or "guided",)
         scale = "input" if self._float16 else self._fixed_scale or 1.0
-        graph = GradientGraph.build(source, target=target, **place, sweeps=len(what["methods"]) or 1, seed_scale=scale)
+        graph = GradientGraph.build(source, target=target, **place, methods=methods, seed_scale=scale)
         proto = graph.render(
-            method=what["method"] or "guided",
-            methods=what["methods"],
+            methods=methods,
             rule=what["rule"],
             activations=what["activations"] or "all",
             profile=what["profile"] or "ort",
@@ -229,7 +285,8 @@ class Explainer:
         self.wrt = tuple(json.loads(self.metadata[METADATA + "wrt"]))
         names = [output.name for output in self._session.get_outputs()]
         self._ours = [*result_names(self.methods, self.wrt), "attribution_target"]
-        self._theirs = [name for name in names if name not in self._ours]  # and the views, which stand last
+        ours = {*self._ours, *self._watched}
+        self._theirs = [name for name in names if name not in ours]  # and the views, which stand last
         types = {output.name: output.type for output in self._session.get_outputs()}
         self.scores_output = scores_output(proto, self.metadata[METADATA + "explained"], self._theirs)
         """The name of the output that `Explanation.scores` holds."""
@@ -239,7 +296,35 @@ class Explainer:
             )
             self.scores_output = next(floats, self._theirs[0] if self._theirs else None)
 
-    def __call__(self, x: Any, target: Target = None) -> Explanation:
+    def _watch(self, proto: onnx.ModelProto) -> None:
+        """Makes the explained tensor an output where a method needs its value and it is none."""
+        explained = self.metadata[METADATA + "explained"]
+        shown = {output.name for output in proto.graph.output}
+        self._watched = [explained] if self._sample is not None and explained not in shown else []
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._watched)
+
+    def _prepare_sampling(self, method: str) -> None:
+        """Says in the metadata what is done, and refuses what would not be the method."""
+        rules = json.loads(self.metadata[METADATA + "rules"])
+        self.metadata[METADATA + "rules"] = json.dumps([*rules[:-1], f"*={method}"])
+        self.metadata[METADATA + "method"] = method
+        self.metadata |= {METADATA + name: text for name, text in sampling_text(self.options).items()}
+        given = {spec.name for spec in self.inputs}
+        if inner := [name for name in self.wrt if name not in given]:
+            raise OnnxgbpError(
+                f"{method} needs other values of what is attributed to, and '{inner[0]}' is no input of the model: "
+                "choose another method, or an input with --wrt"
+            )
+        unit = self.metadata.get(METADATA + "unit", "")
+        if unit.endswith("max"):
+            raise OnnxgbpError(f"{method} runs many points, and unit {unit} may be another at each: name the unit")
+        if self.mode.startswith("top") or (self.mode == "argmax" and not unit):
+            raise OnnxgbpError(
+                f"{self.name} was converted with --target {self.mode}, which may be another class at each of the "
+                f"points that {method} runs: convert with --target input"
+            )
+
+    def __call__(self, x: Any, target: Target = None, *, baseline: Any = None) -> Explanation:
         """Explains a batch.
 
         Args:
@@ -248,38 +333,105 @@ class Explainer:
                 made into floats (it is usually a picture that still has to be scaled), so cast it yourself.
             target: a class for all samples, one per sample, K per sample (shape [N, K], which takes a session of its
                 own for each K), or None for the strongest of each sample; by index or name.
+            baseline: of integrated-gradients and expected-gradients, in the place of the explainer's own.
 
         Raises:
             OnnxgbpError: an input of a wrong name, shape or type, a target that is out of range or of a wrong length,
                 or the runtime fails.
         """
         if self.top is None and self.mode == "input" and np.ndim(target) == 2:  # type: ignore[arg-type]
-            return self._several(np.shape(target)[1])(x, target)  # type: ignore[arg-type]
+            return self._several(np.shape(target)[1])(x, target, baseline=baseline)  # type: ignore[arg-type]
         feeds = self._feeds(x)
         count = self._batch(feeds)
         targets = self.check_target(target, count)
         if self._target_input is not None:
             feeds[self._target_input.name] = targets
         doubtful = target is not None and (self.classes is None or count is None)
-        values, scale, float16 = self._run(feeds, "; is the target in range, and of one class per sample?" * doubtful)
-        outputs = dict(zip(self._theirs, values, strict=False))
-        *attributions, chosen = values[len(self._theirs) :]
-        if self._scale_input is not None:
-            feeds[self._scale_input.name] = np.asarray(scale, self._scale_input.dtype)
-        if scale != 1 or self._scale_input is not None:
-            attributions = [np.asarray(a, np.result_type(a, np.float32)) / np.float32(scale) for a in attributions]
-        attribution = self._arranged(attributions)
+        made = self._run(feeds, "; is the target in range, and of one class per sample?" * doubtful)
+        outputs, attributions, chosen = made.outputs, made.attributions, made.chosen
         scores = _as_array(outputs[self.scores_output] if self.scores_output is not None else [])
         if count is None and self._target_input is not None:  # what could not be checked before
             samples = len(scores) if scores.ndim else len(chosen)
             if len(chosen) != samples or (np.ndim(target) and len(targets) != samples):  # type: ignore[arg-type]
                 raise OnnxgbpError(_wrong_length(targets, samples))
-        warning = "; ".join(filter(None, (self._warning(attributions, feeds), float16)))
-        return Explanation(attribution, scores, chosen, outputs, warning, float16)
+        options, gap = self.options, None
+        if self._sample is not None:
+            options = options if baseline is None else options | {"baseline": baseline}
+            attributions, gap = self._sampled(feeds, made, options)
+        elif baseline is not None:
+            raise OnnxgbpError(f"{', '.join(self.methods)} takes no baseline")
+        if self._scale_input is not None:
+            feeds[self._scale_input.name] = np.asarray(made.scale, self._scale_input.dtype)
+        warning = "; ".join(filter(None, (self._warning(attributions, feeds), made.float16)))
+        attribution = self._arranged(attributions)
+        return Explanation(attribution, scores, chosen, outputs, warning, made.float16, options, gap)
 
-    def _run(self, feeds: dict[str, Array], hint: str) -> tuple[list[Any], float, str]:
-        """What the model gives, the scale of its seed, and what float16 could not hold."""
-        outputs, factor, runs = [*self._theirs, *self._ours], self._scale_input, dict[float, list[Any]]()
+    def _sampled(self, feeds: dict[str, Array], made: _Made, options: Mapping[str, Any]) -> tuple[list[Array], Any]:
+        """The attributions of a method that runs the model at many points, and its completeness gap."""
+        assert self._sample is not None
+        feeds = dict(feeds)
+        if self._target_input is not None:  # the class of the sample itself, whatever the strongest is elsewhere
+            feeds[self._target_input.name] = made.chosen
+        size, free = options["internal_batch_size"], self._batched()
+        together = max(1, size // len(feeds[self.wrt[0]])) if free else 1
+
+        def runs(points: Iterable[list[Array]]) -> Iterator[tuple[_Made, int]]:
+            waiting = iter(points)
+            while group := list(itertools.islice(waiting, together)):
+                count = len(group)
+                fed = {
+                    name: np.concatenate([array] * count) if name in free else array for name, array in feeds.items()
+                }
+                fed |= {
+                    name: np.concatenate(arrays)
+                    for name, arrays in zip(self.wrt, zip(*group, strict=True), strict=True)
+                }
+                hint = "; is its batch free? internal_batch_size=1 runs one point at a time" if count > 1 else ""
+                yield self._run(fed, hint), count
+
+        def maps(points: Iterable[list[Array]]) -> Iterator[list[Array]]:
+            for ran, count in runs(points):
+                parts = [np.split(attribution, count) for attribution in ran.attributions]
+                yield from map(list, zip(*parts, strict=True))
+
+        def score(point: list[Array]) -> Array:
+            ((ran, _),) = runs([point])
+            return self._explained_score(ran.explained, made.chosen, feeds)
+
+        at = At([feeds[name] for name in self.wrt], self.wrt, made.attributions, maps, score)
+        found, gap = self._sample(at, **{k: v for k, v in options.items() if k != "internal_batch_size"})
+        return [a.astype(p.dtype, copy=False) for a, p in zip(found, made.attributions, strict=True)], gap
+
+    def _batched(self) -> set[str]:
+        """The inputs with an axis for the samples; none where several points cannot share a run."""
+        specs = [*self.inputs, *([self._target_input] if self._target_input is not None else [])]
+        dim = next(spec.shape[0] for spec in specs if spec.name == self.wrt[0])
+        if not isinstance(dim, str) or any(spec.shape[:1] == (None,) for spec in specs):
+            return set()
+        names = {spec.name for spec in specs if spec.shape[:1] == (dim,)}
+        return names if names.issuperset(self.wrt) else set()
+
+    def _explained_score(self, tensor: Array, chosen: Array, feeds: Mapping[str, Array]) -> Array:
+        """What the attribution is the gradient of, for each sample: float64 [N], or [N, K] for K classes."""
+        values = np.asarray(tensor, np.float64)
+        if self.metadata[METADATA + "seed"] == "activation":
+            values = values * values / 2
+        if unit := parse_unit(self.metadata.get(METADATA + "unit")):
+            place: tuple[Any, ...] = (slice(None), *unit)
+            return np.asarray(values[place].reshape(len(values), -1).sum(axis=1))
+        if self.mode == "seed":
+            return np.asarray((values * feeds["seed"]).reshape(len(values), -1).sum(axis=1))
+        rows = np.take_along_axis(values.reshape(len(values), -1), chosen.reshape(len(values), -1), axis=1)
+        return rows.reshape(chosen.shape)
+
+    def _run(self, feeds: dict[str, Array], hint: str) -> _Made:
+        """What the model gives, with the scale of its seed divided out."""
+        outputs, factor, runs = (
+            [*self._theirs, *self._ours, *self._watched],
+            self._scale_input,
+            dict[float, list[Any]](),
+        )
+        ours = slice(len(self._theirs), len(self._theirs) + len(self._ours))
 
         def maps(scale: float) -> list[Array]:
             more = {factor.name: np.asarray(scale, factor.dtype)} if factor is not None else {}
@@ -287,7 +439,7 @@ class Explainer:
                 runs[scale] = self._session.run(outputs, {**feeds, **more})
             except Exception as error:  # noqa: BLE001 - the runtime's exceptions share no base class of their own
                 raise OnnxgbpError(f"ONNX Runtime could not run {self.name}: {_short(error)}{hint}") from None
-            return runs[scale][len(self._theirs) : -1]
+            return runs[scale][ours][:-1]
 
         def fitting() -> tuple[int, Sequence[Array]]:
             return fit(lambda exponent: maps(2.0**exponent), start(None))
@@ -299,7 +451,12 @@ class Explainer:
             scale, own = self._fixed_scale, maps(self._fixed_scale)
             better = fitting() if factor is not None and not Census.of(own).fits else None
             said = lost(own, scale, better) if self._float16 else ""
-        return runs[scale], scale, said
+        theirs = dict(zip(self._theirs, runs[scale], strict=False))
+        *attributions, chosen = runs[scale][ours]
+        if scale != 1 or factor is not None:
+            attributions = [np.asarray(a, np.result_type(a, np.float32)) / np.float32(scale) for a in attributions]
+        explained = runs[scale][-1] if self._watched else theirs.get(self.metadata[METADATA + "explained"])
+        return _Made(theirs, attributions, chosen, explained, scale, said)
 
     def _warning(self, attributions: Sequence[Array], feeds: Mapping[str, Array]) -> str:
         """Which samples have a blank or a broken map, and why the first of each has."""
@@ -377,10 +534,9 @@ class Explainer:
 
     def __repr__(self) -> str:
         defaults = {"seed_scale": "auto", "diagnose": True, "warm_up": False}
+        options = self._options | sampling_text({"baseline": self._options["baseline"]})
         said = {
-            name: value
-            for name, value in self._options.items()
-            if value not in (None, ()) and value != defaults.get(name)
+            name: value for name, value in options.items() if value not in (None, ()) and value != defaults.get(name)
         }
         return f"Explainer({self.name!r}, {', '.join(f'{name}={value!r}' for name, value in said.items())})"
 
@@ -467,6 +623,7 @@ def _refuse_contradictions(source: Source, what: Mapping[str, Any]) -> None:
         "wrt": json.dumps(what["wrt"]) if what["wrt"] else None,
         "activations": activations if activations is None or isinstance(activations, str) else ",".join(activations),
         "profile": what["profile"],
+        "layer": what["layer"],
         "target": None if what["top"] is None else f"top{what['top']}",
         "seed_scale": None if what["seed_scale"] is None else str(what["seed_scale"]),
     }

@@ -12,7 +12,7 @@ from onnxgbp.emit import Emit, dims_of
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.model import METADATA
 
-__all__ = ["REDUCTIONS", "VIEWS", "View", "add_views"]
+__all__ = ["REDUCTIONS", "VIEWS", "View", "add_views", "channel_axis"]
 
 VIEWS = ("signed", "positive", "negative", "abs")
 REDUCTIONS = ("none", "sum", "max", "l2")
@@ -73,8 +73,8 @@ def add_views(op: Emit, names: Sequence[str], view: View, metadata: Mapping[str,
         dims = dims_of(attribution)
         if dims is None or (view.reduce != "none" and len(dims) < rows + 2):
             raise OnnxgbpError(f"'{name}' has no channels: a view reduces the channels of [N, C, ...]")
-        value = _reduced(op, _viewed(op, attribution, view.view), view.reduce, _channels(dims, metadata, rows))
-        shape = [dim for i, dim in enumerate(dims) if view.reduce == "none" or i != _channels(dims, metadata, rows)]
+        value = _reduced(op, _viewed(op, attribution, view.view), view.reduce, channel_axis(dims, metadata, rows))
+        shape = [dim for i, dim in enumerate(dims) if view.reduce == "none" or i != channel_axis(dims, metadata, rows)]
         if view.changes:
             value = _output(op, f"{name}_view", op.Identity(value), shape)
         if view.heatmap:
@@ -89,7 +89,7 @@ def _output(op: Emit, name: str, value: ir.Value, shape: Sequence[int | str | No
     return value
 
 
-def _channels(dims: Sequence[int | str | None], metadata: Mapping[str, str], rows: int) -> int:
+def channel_axis(dims: Sequence[int | str | None], metadata: Mapping[str, str], rows: int) -> int:
     """The axis of the channels: as the metadata says, else as the sizes tell, else the first behind the rows."""
     said = json.loads(metadata.get(METADATA + "preprocessing", "{}"))
     layout = said.get("layout") if isinstance(said, dict) else None

@@ -345,7 +345,7 @@ def test_two_runtimes_or_none(mlp: onnx.ModelProto, monkeypatch: pytest.MonkeyPa
 def test_options_are_checked(mlp: onnx.ModelProto) -> None:
     with pytest.raises(OnnxgbpError, match="threads is 0"):
         Explainer(mlp, threads=0)
-    with pytest.raises(OnnxgbpError, match="no rule is called 'lime'"):
+    with pytest.raises(OnnxgbpError, match="no method is called 'lime'"):
         Explainer(mlp, method="lime")
     with pytest.raises(OnnxgbpError, match="cannot read"):
         Explainer("nowhere.onnx")

@@ -33,7 +33,7 @@ def facts(s: Subject) -> str:
     if s.record.missing:
         raise Failed(f"the metadata lacks {', '.join(METADATA + fact for fact in s.record.missing)}")
     known = s.types
-    for what in [s.record.said["explained"], *s.record.wrt]:
+    for what in [s.record.said["explained"], *s.record.wrt, *s.record.differentiated]:
         if what not in known:
             raise Failed(f"the metadata names tensor '{what}', which the file does not hold")
     names = [output.name for output in s.proto.graph.output]

@@ -8,6 +8,7 @@ import json
 import onnx
 
 from onnxgbp.convert import convert, result_names
+from onnxgbp.methods import find_method
 from onnxgbp.target import classes_of
 from onnxgbp.views import View
 
@@ -49,11 +50,18 @@ class Record:
     @property
     def plain(self) -> bool:
         """Whether the file's own attribution is the plain gradient."""
-        return len(self.methods) == 1 and all(rule.endswith("=gradient") for rule in self.rules)
+        return self.methods == ["gradient"] and all(rule.endswith("=gradient") for rule in self.rules)
 
     @property
     def methods(self) -> list[str]:
         return self.said["method"].split(",")
+
+    @property
+    def differentiated(self) -> list[str]:
+        """The tensors whose gradient the methods take: those that are attributed to, the layer of Grad-CAM."""
+        made = [find_method(method) for method in self.methods]
+        layer = [self.said["layer"]] if "layer" in self.said else []
+        return list(dict.fromkeys([*(self.wrt if any(method.inputs for method in made) else []), *layer]))
 
     @property
     def results(self) -> dict[str, str]:
@@ -63,7 +71,7 @@ class Record:
     @property
     def plain_results(self) -> dict[str, str]:
         """The same of a conversion to the plain gradient."""
-        return self.results if self.plain else result_names(["gradient"], self.wrt)
+        return self.results if self.plain else result_names(["gradient"], self.differentiated)
 
     @property
     def classes(self) -> int | None:
@@ -94,7 +102,8 @@ class Record:
             output=self.said["explained"],
             unit=self.said.get("unit"),
             seed=self.said["seed"],
-            wrt=self.wrt,
+            wrt=self.differentiated if plain else self.wrt,
+            layer=None if plain else self.said.get("layer"),
             profile=self.said["profile"],
             view="signed" if plain else self.said.get("view", "signed"),
             reduce="none" if plain else self.said.get("reduce", "none"),

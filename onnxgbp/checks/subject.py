@@ -81,6 +81,7 @@ class Subject:
         """The file without what the conversion added, whether or not that is the source."""
         names = [output.name for output in self.proto.graph.output if output.name not in self.added]
         keep = [] if self.record.missing else [self.record.said["explained"], *self.record.wrt]
+        keep += [] if self.record.missing else self.record.differentiated
         cut = extract(self.proto, self.types, [*names, *(name for name in keep if name in self.types)])
         del cut.graph.output[len(names) :]
         read = {value.name for value in cut.graph.input}
@@ -121,7 +122,7 @@ class Subject:
     @functools.cached_property
     def inner_run(self) -> Run:
         """The forward part up to the explained tensor and those that are attributed to."""
-        inner = [name for name in self.record.wrt if name not in {value.name for value in self.fed}]
+        inner = [name for name in self.record.differentiated if name not in {value.name for value in self.fed}]
         return self.run_of(extract(self.forward, self.types, [self.record.said["explained"], *inner]))
 
     @functools.cached_property
