@@ -103,7 +103,7 @@ class Method:
 
     write: nodes in the graph, which gives the map of each of the inputs; or sample: from the maps at many points, which
     gives the map of each and, where there is one, the completeness gap; its keyword arguments are the method's options.
-    rule: where none is named. inputs, layer: whose gradient is taken.
+    rule: where none is named. inputs, layer: whose gradient is taken. scored: whether `sample` asks for scores.
     """
 
     write: Write
@@ -111,6 +111,7 @@ class Method:
     rule: str = "gradient"
     inputs: bool = True
     layer: bool = False
+    scored: bool = False
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -596,6 +597,6 @@ METHODS: dict[str, Method] = {
     "smoothgrad": Method(rule_map, smoothgrad),
     "smoothgrad-squared": Method(rule_map, smoothgrad_squared),
     "vargrad": Method(rule_map, vargrad),
-    "integrated-gradients": Method(rule_map, integrated_gradients),
+    "integrated-gradients": Method(rule_map, integrated_gradients, scored=True),
     "expected-gradients": Method(rule_map, expected_gradients),
 }

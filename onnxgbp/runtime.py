@@ -201,7 +201,8 @@ class Explainer:
         method = None if method is None else parse_method(method)
         sampling = {"n_samples": n_samples, "stdevs": stdevs, "n_steps": n_steps, "baseline": baseline}
         sampling |= {"random_seed": random_seed, "internal_batch_size": internal_batch_size}
-        self._sample: Sample | None = None if methods else find_method(method or "guided").sample
+        made = find_method("guided" if methods else method or "guided")
+        self._sample: Sample | None = made.sample
         self.options = sampling_options(",".join(methods) or method or "guided", sampling)
         """Those of a method that runs the model at many points, with the defaults; {} of the others."""
         what: dict[str, Any] = {"method": method, "methods": methods, "output": output, "unit": unit, "seed": seed}
@@ -214,6 +215,7 @@ class Explainer:
             what["method"] = rule_of(method or "")  # the graph that runs at each point
         self._what = what
         self._diagnose = diagnose and not warm_up  # not of the zeros that it is warmed up with
+        self._watched: list[str] = []
         self._of_several: dict[int, Explainer] = {}
         self._lock = threading.Lock()
         # Absolute, so that a worker in another folder finds the same file.
@@ -233,7 +235,7 @@ class Explainer:
         self._batch_dim = dims[0] if dims else None
         self.metadata = {entry.key: entry.value for entry in proto.metadata_props}
         """The metadata of the model that runs: the source's, and what `convert` adds under `onnxgbp.`."""
-        self._watch(proto)
+        proto = self._watching(proto) if made.scored else proto
         self._session = open_session(proto, source, provider, threads)
         self.provider = provider_of(self._session)
         """Where it runs: cpu or cuda."""
@@ -296,12 +298,16 @@ class Explainer:
             )
             self.scores_output = next(floats, self._theirs[0] if self._theirs else None)
 
-    def _watch(self, proto: onnx.ModelProto) -> None:
-        """Makes the explained tensor an output where a method needs its value and it is none."""
+    def _watching(self, proto: onnx.ModelProto) -> onnx.ModelProto:
+        """The model with the explained tensor among its outputs."""
         explained = self.metadata[METADATA + "explained"]
-        shown = {output.name for output in proto.graph.output}
-        self._watched = [explained] if self._sample is not None and explained not in shown else []
-        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._watched)
+        if explained in {output.name for output in proto.graph.output}:
+            return proto
+        self._watched = [explained]
+        watching = onnx.ModelProto()  # the other may be the caller's own
+        watching.CopyFrom(proto)
+        watching.graph.output.append(onnx.ValueInfoProto(name=explained))
+        return watching
 
     def _prepare_sampling(self, method: str) -> None:
         """Says in the metadata what is done, and refuses what would not be the method."""
@@ -426,11 +432,8 @@ class Explainer:
 
     def _run(self, feeds: dict[str, Array], hint: str) -> _Made:
         """What the model gives, with the scale of its seed divided out."""
-        outputs, factor, runs = (
-            [*self._theirs, *self._ours, *self._watched],
-            self._scale_input,
-            dict[float, list[Any]](),
-        )
+        outputs, factor = [*self._theirs, *self._ours, *self._watched], self._scale_input
+        runs = dict[float, list[Any]]()
         ours = slice(len(self._theirs), len(self._theirs) + len(self._ours))
 
         def maps(scale: float) -> list[Array]:

@@ -383,10 +383,13 @@ def test_completeness_of_several_classes_units_and_seeds() -> None:
         np.testing.assert_allclose(result.attribution.sum(axis=1), value, atol=1e-7)
         np.testing.assert_allclose(result.completeness_gap, result.attribution.sum(axis=1) - value, atol=1e-12)
     weighed = onnxgbp.convert(mlp(), method="gradient", target="seed")
+    before = weighed.SerializeToString(deterministic=True)
     seed = RNG.standard_normal((3, 4))
     result = Explainer(weighed, **method)({"x": ROWS, "seed": seed})
     change = ((scores(ROWS) - scores(0 * ROWS)) * seed).sum(axis=1)
     np.testing.assert_allclose(result.attribution.sum(axis=1), change, atol=1e-7)
+    assert list(result.outputs) == ["p"]
+    assert weighed.SerializeToString(deterministic=True) == before
 
 
 def test_expected_gradients() -> None:
