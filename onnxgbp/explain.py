@@ -202,7 +202,11 @@ def _model_and_images(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
 
 def _baseline(explainer: Explainer, **preprocessing: Any) -> npt.NDArray[Any] | None:
     """The samples that a baseline names, prepared as the images are; None where it is a number or there is none."""
-    given = explainer.options.get("baseline")
+    given = explainer.options.get("baseline", 0)
+    if given is None:
+        raise OnnxgbpError(
+            f"{explainer.methods[0]} needs baselines to draw from: name photos or a .npy with --baseline"
+        )
     if not isinstance(given, str):
         return None
     inputs, metadata = explainer.inputs, explainer.metadata

@@ -313,7 +313,7 @@ class Explainer:
         """Says in the metadata what is done, and refuses what would not be the method."""
         rules = json.loads(self.metadata[METADATA + "rules"])
         self.metadata[METADATA + "rules"] = json.dumps([*rules[:-1], f"*={method}"])
-        self.metadata[METADATA + "method"] = method
+        self.metadata[METADATA + "method"], self.methods = method, (method,)
         self.metadata |= {METADATA + name: text for name, text in sampling_text(self.options).items()}
         given = {spec.name for spec in self.inputs}
         if inner := [name for name in self.wrt if name not in given]:

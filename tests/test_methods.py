@@ -268,7 +268,7 @@ def test_noise(guided: bool, stdevs: str | float | None, seed: int | None) -> No
             "internal_batch_size": 8,
         }
         assert result.completeness_gap is None
-        assert explainer.metadata["onnxgbp.method"] == method
+        assert (explainer.metadata["onnxgbp.method"], explainer.methods) == (method, (method,))
 
 
 @pytest.mark.parametrize("rule", ["gradient", "guided", "rectgrad:60"])
@@ -640,6 +640,16 @@ def test_malformed_options_are_usage_errors(files: tuple[Path, Path]) -> None:
         arguments = ["explain", str(model), str(photos), "-o", str(model.parent / "out"), *option]
         result = CliRunner().invoke(main, arguments)
         assert (result.exit_code, (model.parent / "out").exists()) == (2, False)
+
+
+def test_baselines_are_asked_for_before_anything_is_written(files: tuple[Path, Path]) -> None:
+    model, photos = files
+    arguments = ["explain", str(model), str(photos), "-o", str(model.parent / "out"), "--method", "expected-gradients"]
+    for baseline, said in (([], "Error: expected-gradients needs baselines"), (["--baseline", "nowhere"], "nowhere")):
+        result = CliRunner().invoke(main, [*arguments, *baseline])
+        assert (result.exit_code, (model.parent / "out").exists()) == (1, False)
+        assert said in result.output
+        assert len(result.output.splitlines()) == 1
 
 
 def test_inspect(files: tuple[Path, Path]) -> None:
