@@ -337,7 +337,7 @@ def test_inspect_tells_what_a_converted_file_holds(tmp_path: Path) -> None:
     [
         (["--target", "no such class"], 1, "no class is called 'no such class'"),
         (["--target", "top0"], 2, "none of"),
-        (["--methods", "guided,nothing"], 2, "no rule is called 'nothing'"),
+        (["--methods", "guided,nothing"], 2, "no method is called 'nothing'"),
         (["--method", "rectgrad:x"], 2, "does not take x"),
         (["--method", "rectgrad:100"], 1, "rectgrad:100 is no percentile"),
         (["--unit", "max,1"], 2, "max stands last"),
