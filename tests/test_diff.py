@@ -402,7 +402,7 @@ def test_what_cannot_be_compared_is_refused(a: Path, data: Path, tmp_path: Path)
         (fewer, (), "A explains one of 7 classes, B one of 4"),
         (a, ("--layout-b", "nhwc"), "an input of four axes"),
         (a, ("--target", "cat"), "names no classes"),
-        (a, ("--method", "lime"), "no rule is called 'lime'"),
+        (a, ("--method", "lime"), "no method is called 'lime'"),
         (a, ("--min-cosine", "nan"), "the threshold of cosine is nan, no finite number"),
         (tmp_path / "none.onnx", (), "cannot read"),
     ):
