@@ -1,0 +1,246 @@
+"""How the gradient of a convolution for its input is spelled, and the arithmetic of windows that pools share."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgbp.blocked import BLOCK
+from onnxgbp.constants import constant_value, is_constant
+from onnxgbp.emit import Emit, dims_of
+from onnxgbp.window import Window
+
+__all__ = [
+    "begin",
+    "conv_grad",
+    "conv_grad_as_conv",
+    "conv_grad_portable",
+    "ints",
+    "not_negative",
+    "operands",
+    "span",
+    "transposed",
+    "untied",
+]
+
+_FIRST = -(1 << 31)  # the end of a slice that runs backwards to the first element
+
+
+def conv_grad(op: Emit, node: ir.Node) -> ir.Value:
+    dy, w, x = operands(node)
+    return transposed(op, dy, w, x, node.meta["window"], node.meta["group"])
+
+
+def conv_grad_portable(op: Emit, node: ir.Node) -> ir.Value:
+    """One ConvTranspose for each group, except where a group is a single channel: a single one with groups of several
+    is wrong, or refused, outside of the large runtimes (onnx's own evaluator among them).
+    """
+    (dy, w, x), group = operands(node), node.meta["group"]
+    outs, ins = (dims_of(w) or (None, None))[:2]
+    if group == 1 or (outs == group and ins == 1) or not isinstance(outs, int):
+        return conv_grad(op, node)
+    parts = [outs // group] * group
+    kernels = op.several(group, "Split", untied(op, w), axis=0, split=parts)
+    gradients = op.several(group, "Split", dy, axis=1, split=parts)
+    pairs = zip(gradients, kernels, strict=True)
+    return op.Concat(*(transposed(op, part, kernel, x, node.meta["window"]) for part, kernel in pairs), axis=1)
+
+
+def conv_grad_as_conv(op: Emit, node: ir.Node) -> ir.Value:
+    """A Conv with the weight turned round, which stays in the blocked layout; the file does not grow by the turning.
+
+    Only for a weight that is constant: ONNX Runtime turns it once, when it loads the file.
+    """
+    dy, w, x = operands(node)
+    geometry: Window = node.meta["window"]
+    group: int = node.meta["group"]
+    dims, pads, rank = dims_of(w), geometry.pads, geometry.rank
+    if pads is None or dims is None or not all(isinstance(dim, int) for dim in dims) or not is_constant(w):
+        return conv_grad(op, node)
+    strided = any(stride != 1 for stride in geometry.strides)
+    begins = [reach - 1 - pad for reach, pad in zip(geometry.reach, pads, strict=False)]
+    ends = [reach - 1 - pad for reach, pad in zip(geometry.reach, pads[rank:], strict=False)]
+    if strided and op.opset >= 10 and _has_blocked_phases(geometry, ints(dims), group, x):  # Slice has steps since
+        return _by_phases(op, *_scaled(op, dy, w), x, geometry)
+    if strided and not (geometry.static and group == dims[0] and dims[1] == 1):
+        return conv_grad(op, node)
+    if min(begins + ends) < 0:  # padded by more than the kernel reaches: Conv cuts nothing off
+        return conv_grad(op, node)
+    dy, w = _scaled(op, dy, w)
+    if strided:  # depthwise: dy is laid out with its gaps first, by a kernel of one element
+        dy = _spread_out(op, dy, x, geometry, group)
+    turned = _turned(op, w, ints(dims), group)
+    return op.Conv(dy, turned, pads=begins + ends, dilations=geometry.dilations, group=group)
+
+
+def _has_blocked_phases(geometry: Window, dims: Sequence[int], group: int, x: ir.Value) -> bool:
+    return (
+        geometry.static
+        and group == 1
+        and not dims[0] % BLOCK
+        and not dims[1] % BLOCK
+        and x.dtype == ir.DataType.FLOAT
+        and geometry.strides == [2, 2]
+        and geometry.dilations == [1, 1]
+        and all(min(phase.pads) >= 0 for i in range(2) for phase in _phases(geometry, i))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+    """Every second element of one dim of dx, from `first` on: a Conv of dy with every second tap of the turned weight.
+
+    tap, taps: the first and how many; pads: of that Conv, at both ends.
+    """
+
+    first: int
+    tap: int
+    taps: int
+    pads: tuple[int, int]
+
+
+def _phases(geometry: Window, axis: int) -> list[_Phase]:
+    """dx[s i + e] = sum over j of w[r + s j] dy[q + i - j], with e + pad = s q + r; none for a phase without a tap."""
+    stride, kernel, pads = geometry.strides[axis], geometry.kernel[axis], geometry.pads or []
+    size, out = ints(geometry.size)[axis], ints(geometry.out)[axis]
+    count, phases = -(-size // stride), []
+    for first in range(stride):
+        start, rest = divmod(first + pads[axis], stride)
+        taps = len(range(rest, kernel, stride))
+        if taps:
+            ends = (taps - 1 - start, count - out + start)
+            phases.append(_Phase(first, (kernel - 1 - rest) % stride, taps, ends))
+    return phases
+
+
+def _by_phases(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Window) -> ir.Value:
+    """A strided Conv's gradient as a Conv for each phase of x, all blocked, laid out over x at the end.
+
+    No product with a zero, as there would be if dy were spread out first or the phases were one Conv.
+    """
+    dims = ints(dims_of(w) or ())
+    channels, kernel = dims[1], geometry.kernel
+    turned, high, wide = _turned(op, w, dims, 1), *ints(geometry.size)
+    parts, places = list[ir.Value](), list[np.ndarray[Any, Any]]()
+    for a, b in itertools.product(_phases(geometry, 0), _phases(geometry, 1)):
+        taps = turned
+        if [a.taps, b.taps] != kernel:
+            taps = op.Slice(turned, starts=[a.tap, b.tap], ends=kernel, axes=[2, 3], steps=[2, 2])
+            taps.shape = ir.Shape([channels, dims[0], a.taps, b.taps])
+        parts.append(op.Conv(dy, taps, pads=[a.pads[0], b.pads[0], a.pads[1], b.pads[1]]))
+        places.append(np.eye(4)[2 * a.first + b.first].reshape(1, 2, 2))
+    halves = [-(-high // 2), -(-wide // 2)]
+    if len(parts) > 1:  # beside each other for each channel, as a grouped ConvTranspose wants them
+        flat = [op.Reshape(part, [0, channels, 1, -1]) for part in parts]
+        together = op.Reshape(op.Concat(*flat, axis=2), [0, channels * len(parts), *halves])
+    else:
+        (together,) = parts
+    spread = op.like(np.tile(np.stack(places), (channels, 1, 1, 1)), x)
+    return op.ConvTranspose(together, spread, strides=[2, 2], pads=[0, 0, high % 2, wide % 2], group=channels)
+
+
+def _scaled(op: Emit, dy: ir.Value, w: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The factor per channel that a BatchNormalization behind the Conv left on dy, put into the weight instead."""
+    node, rank = dy.producer(), len(dims_of(w) or ())
+    if node is None or node.op_type != "Mul" or node.meta.get("forward") or len(dy.uses()) > 1:
+        return dy, w
+    inner, factor = node.inputs[0], constant_value(node.inputs[1])
+    if inner is None or factor is None or factor.shape != ((dims_of(w) or ())[0], *[1] * (rank - 2)):
+        return dy, w
+    scaled = op.Mul(w, factor.reshape(-1, *[1] * (rank - 1)))
+    scaled.shape = w.shape
+    return inner, scaled
+
+
+def _spread_out(op: Emit, dy: ir.Value, x: ir.Value, geometry: Window, channels: int) -> ir.Value:
+    """Dy with stride - 1 zeros between its elements, and behind them what makes a stride of 1 give x's size."""
+    pads, rank = geometry.pads or [], geometry.rank
+    behind = [size + pads[i] + pads[i + rank] - geometry.span(i) for i, size in enumerate(ints(geometry.size))]
+    ones = op.like(np.ones((channels, 1, *[1] * rank)), x)
+    return op.ConvTranspose(dy, ones, strides=geometry.strides, group=channels, output_padding=behind)
+
+
+def _turned(op: Emit, w: ir.Value, dims: list[int], group: int) -> ir.Value:
+    """W [outputs, inputs / group, ...] as [inputs, outputs / group, ...], each kernel back to front."""
+    outputs, inputs, *kernel = dims
+    spatial = range(len(kernel))
+    if group == 1:
+        w = op.Transpose(w, perm=[1, 0, *(i + 2 for i in spatial)])
+    elif outputs != group or inputs != 1:
+        w = op.Reshape(w, [group, outputs // group, inputs, *kernel])
+        w = op.Transpose(w, perm=[0, 2, 1, *(i + 3 for i in spatial)])
+        w = op.Reshape(w, [group * inputs, outputs // group, *kernel])
+    axes = [i + 2 for i in spatial if kernel[i] > 1]
+    if axes and op.opset >= 10:
+        w = op.Slice(w, starts=[-1] * len(axes), ends=[_FIRST] * len(axes), axes=axes, steps=[-1] * len(axes))
+    else:  # no steps before
+        for axis in axes:
+            w = op.Gather(w, list(range(kernel[axis - 2]))[::-1], axis=axis)
+    w.shape = ir.Shape([group * inputs, outputs // group, *kernel])
+    return w
+
+
+def transposed(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Window, group: int = 1) -> ir.Value:
+    """ConvTranspose to exactly the spatial size of x."""
+    common: dict[str, Any] = {
+        "kernel_shape": geometry.kernel,
+        "strides": geometry.strides,
+        "dilations": geometry.dilations,
+        "group": group,
+    }
+    pads, rank = geometry.pads, geometry.rank
+    if pads is not None and (geometry.static or all(stride == 1 for stride in geometry.strides)):
+        # A stride that does not divide the size leaves a ragged edge, which output_padding covers.
+        extra = [0] * rank
+        if geometry.static:
+            extra = [size - geometry.span(i) + pads[i] + pads[i + rank] for i, size in enumerate(ints(geometry.size))]
+            # With ceil_mode the last window may reach beyond the padding: that much is cut off as well.
+            pads = pads[:rank] + [pads[i + rank] + max(-extra[i], 0) for i in range(rank)]
+            extra = [max(more, 0) for more in extra]
+        return op.ConvTranspose(dy, w, pads=pads, output_padding=extra if any(extra) else None, **common)
+    # A free size shows its edge only at run time: write it out in full, then cut x's part of it.
+    full = op.ConvTranspose(dy, w, output_padding=[stride - 1 for stride in geometry.strides], **common)
+    begins = [begin(op, dy, x, geometry, i) for i in range(rank)]
+    ends = [op.Add(begin, op.dim(x, i + 2)) for i, begin in enumerate(begins)]
+    return op.Slice(full, starts=_vector(op, begins), ends=_vector(op, ends), axes=list(range(2, rank + 2)))
+
+
+def begin(op: Emit, y: ir.Value, x: ir.Value, geometry: Window, axis: int) -> ir.Value:
+    """The padding before the first element, as an int64 tensor of shape [1]."""
+    if geometry.pads is not None:
+        return op.int64([geometry.pads[axis]])
+    total = not_negative(op, op.Sub(span(op, y, geometry, axis), op.dim(x, axis + 2)))
+    half = op.Div(total, [2])
+    return half if geometry.upper else op.Sub(total, half)
+
+
+def not_negative(op: Emit, number: ir.Value) -> ir.Value:
+    """Max with 0; Max itself takes no integers before opset 12."""
+    return op.Where(op.Less(number, op.int64(0)), op.int64([0]), number)
+
+
+def span(op: Emit, y: ir.Value, geometry: Window, axis: int) -> ir.Value:
+    """How many padded elements the windows of one dim cover together, at run time."""
+    return op.Add(op.Mul(op.Sub(op.dim(y, axis + 2), [1]), [geometry.strides[axis]]), [geometry.reach[axis]])
+
+
+def _vector(op: Emit, parts: Sequence[ir.Value]) -> ir.Value:
+    return parts[0] if len(parts) == 1 else op.Concat(*parts, axis=0)
+
+
+def ints(dims: Sequence[int | str | None]) -> list[int]:
+    return [dim for dim in dims if isinstance(dim, int)]
+
+
+def operands(node: ir.Node) -> tuple[ir.Value, ...]:
+    return tuple(value for value in node.inputs if value is not None)
+
+
+def untied(op: Emit, weight: ir.Value) -> ir.Value:
+    """The same numbers, exactly, which no runtime takes for the same tensor; folded when the file is loaded."""
+    return op.typed(op.Neg(op.Neg(weight)), weight)
