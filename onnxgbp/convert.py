@@ -26,7 +26,7 @@ from onnxgbp.lower import PROFILES, lower, merge_equal, prune
 from onnxgbp.methods import METHODS, Method, Sweeps, find_layer, find_method, parse_methods, refuse_sampled, rule_of
 from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
 from onnxgbp.recognise import recognise
-from onnxgbp.rules import Choice, audit, choose, depths, install, listed, parse_activations, parse_rules
+from onnxgbp.rules import Choice, Measure, audit, choose, depths, install, listed, parse_activations, parse_rules
 from onnxgbp.scale import computes_in_float16, parse_seed_scale, scaled
 from onnxgbp.stream import is_large, stream
 from onnxgbp.target import (
@@ -341,10 +341,10 @@ class GradientGraph:
         return f"{describe(skeleton)}; {counted}"
 
     def measured(
-        self, *, method: str = "guided", rule: Rules = (), activations: str | Sequence[str] = "all"
+        self, measure: Measure, *, method: str = "guided", rule: Rules = (), activations: str | Sequence[str] = "all"
     ) -> onnx.ModelProto:
-        """The model under one choice of rules with outputs that measure the gates, for `energy.gate_energies`."""
-        return to_proto(self._finished([method], rule, activations, "ort", measure=True), self.source)
+        """The model under one choice of rules with what `measure` writes as its outputs, where that is anything."""
+        return to_proto(self._finished([method], rule, activations, "ort", measure=measure), self.source)
 
     def _finished(
         self,
@@ -354,7 +354,7 @@ class GradientGraph:
         profile: str,
         view: View = _NO_VIEW,
         *,
-        measure: bool = False,
+        measure: Measure | None = None,
     ) -> ir.Model:
         if profile not in PROFILES:
             raise OnnxgbpError(f"no profile is called '{profile}': choose one of {', '.join(PROFILES)}")
@@ -367,12 +367,14 @@ class GradientGraph:
         op = Emit(model.graph)
         _name_sweeps(op, methods)
         try:
-            install(op, [*choices, self.choices(method="gradient")], measure=measure)
+            names = list(result_names(methods, json.loads(self.options["wrt"])))
+            found = install(op, [*choices, self.choices(method="gradient")], measure=measure)
+            if measure is not None:
+                _measure(op, found, measure, names)
             lower(op, profile)
             if view.asked:
                 rows = 1 if self.seed_classes is None else 2
-                names = result_names(methods, json.loads(self.options["wrt"]))
-                add_views(op, list(names), view, self.source.model.metadata_props, rows)
+                add_views(op, names, view, self.source.model.metadata_props, rows)
         except OpsetTooLowError as error:
             again = GradientGraph.build(raised(self.source, error.opset), **self.arguments)
             return again._finished(methods, rules, activations, profile, view, measure=measure)
@@ -396,6 +398,18 @@ class GradientGraph:
         )
         model.metadata_props.update({METADATA + name: value for name, value in sorted(options.items())})
         return model
+
+
+def _measure(op: Emit, found: dict[str, ir.Value], measure: Measure, maps: Sequence[str]) -> None:
+    """Puts what is measured at the activations, and of the maps, in the place of the graph's outputs."""
+    op.scope = "onnxgbp"
+    for output in op.graph.outputs:
+        if measure.attribution is not None and output.name in maps:
+            found |= measure.attribution(op, output)
+    op.graph.extend(op.take())
+    for name, value in found.items():
+        value.name = name
+    op.graph.outputs[:] = found.values() or op.graph.outputs
 
 
 # How the outputs are called until a rendering says which method each of several sweeps is for.

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
+from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.images import Preprocessing, in_type, photos_in, read
 from onnxgbp.runtime import InputSpec
 
-__all__ = ["Batch", "batches"]
+__all__ = ["Batch", "batches", "inputs_of"]
 
 Array = npt.NDArray[Any]
 
@@ -28,6 +30,15 @@ class Batch:
 
     names: tuple[str, ...]
     feeds: dict[str, Array]
+
+
+def inputs_of(graph: ir.Graph) -> list[InputSpec]:
+    """What a model has to be fed; weights that are graph inputs too are not."""
+    return [
+        InputSpec(value.name or "", np.dtype(value.dtype.numpy()), dims_of(value) or ())
+        for value in graph.inputs
+        if not value.is_initializer() and value.dtype is not None
+    ]
 
 
 def batches(

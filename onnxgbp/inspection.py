@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -118,26 +117,20 @@ def _measured(
     graph: GradientGraph, rows: list[dict[str, Any]], data: str | Path, limit: int, options: Mapping[str, Any]
 ) -> int:
     """Puts its `energy` in each row; the number of samples."""
-    from onnxgbp.data import batches  # Pillow and onnxruntime: only where something is run
-    from onnxgbp.energy import gate_energies
-    from onnxgbp.runtime import InputSpec
+    from onnxgbp.data import batches, inputs_of  # Pillow and onnxruntime: only where something is run
+    from onnxgbp.energy import GATES, gate_energies
 
-    inputs = [
-        InputSpec(value.name or "", np.dtype(value.dtype.numpy()), dims_of(value) or ())
-        for value in graph.source.model.graph.inputs
-        if not value.is_initializer() and value.dtype is not None
-    ]
     target = graph.options["target"]
     if target == "seed" or target.startswith("input"):
         raise OnnxgbpError(f"target {target} has to be fed, and the data has no such input: choose argmax or a class")
     names = list[str]()
 
     def feeds() -> Iterable[dict[str, Any]]:
-        for batch in batches(data, inputs, graph.source.model.metadata_props, limit=limit):
+        for batch in batches(data, inputs_of(graph.source.model.graph), graph.source.model.metadata_props, limit=limit):
             names.extend(batch.names)
             yield batch.feeds
 
-    energies = gate_energies(graph.measured(**options), feeds())
+    energies = gate_energies(graph.measured(GATES, **options), feeds())
     for row in rows:
         row["energy"] = energies.get(row["node"])
     return len(names)

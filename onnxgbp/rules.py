@@ -33,10 +33,10 @@ from onnxgbp.lower import replace_calls
 from onnxgbp.step import label
 
 __all__ = [
-    "MEASURED",
     "RULES",
     "Choice",
     "Edge",
+    "Measure",
     "Rule",
     "audit",
     "choose",
@@ -333,20 +333,32 @@ def choose(
     return choices
 
 
-MEASURED = "onnxgbp/energy/"  # and the node: how an output is called that measures what a gate lets through
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What a model gives in the place of its own outputs and its maps: small tensors, by the name of their output.
+
+    activation: writes them for each activation of the main graph and what its rule lets through; attribution: for each
+    map, the gradient of a tensor that is attributed to.
+    """
+
+    activation: Callable[[Edge, ir.Value], Mapping[str, ir.Value]]
+    attribution: Callable[[Emit, ir.Value], Mapping[str, ir.Value]] | None = None
 
 
-def install(op: Emit, choices: Sequence[Mapping[str, Choice]], *, measure: bool = False) -> None:
+def install(
+    op: Emit, choices: Sequence[Mapping[str, Choice]], *, measure: Measure | None = None
+) -> dict[str, ir.Value]:
     """Replaces each marked activation step by its rule.
 
     Args:
         op: writes to the graph that holds the marked calls.
         choices: for each sweep through the graph, by the name of the tensor y.
-        measure: adds an output for each activation of the main graph, in the first sweep: the sums of squares, float32
-            [4], of the gradient that arrives, of its plain step, of that step where it arrives negative, and of what
-            the rule lets through.
+        measure: what is written besides, of the first sweep.
+
+    Returns:
+        What is measured at the activations, by the name that it shall have as an output.
     """
-    energies: dict[str, ir.Value] = {}
+    measured: dict[str, ir.Value] = {}
 
     def rewrite(op: Emit, node: ir.Node) -> ir.Value:
         x, y, dy, *tensors = (value for value in node.inputs if value is not None)
@@ -357,18 +369,9 @@ def install(op: Emit, choices: Sequence[Mapping[str, Choice]], *, measure: bool 
         rule, numbers = _find(choices[node.meta["sweep"]][y.name or ""].rule)
         edge = Edge(op, activation, dy)
         passed = rule(edge, *numbers)
-        if measure and node.graph is op.graph and not node.meta["sweep"]:
-            negative = edge.step(op.Sub(dy, op.Relu(dy)))
-            parts = [_square_sum(op, value) for value in (dy, edge.step(dy), negative, passed)]
-            energies[MEASURED + label(marked.node)] = op.Concat(*parts, axis=0)
+        if measure is not None and node.graph is op.graph and not node.meta["sweep"]:
+            measured.update(measure.activation(edge, passed))
         return passed
 
     replace_calls(op, {"Activation": rewrite})
-    for name, energy in energies.items():
-        energy.name, energy.shape = name, ir.Shape([4])
-        op.graph.outputs.append(energy)
-
-
-def _square_sum(op: Emit, value: ir.Value) -> ir.Value:
-    wide = op.Cast(op.Reshape(value, [-1]), to=int(ir.DataType.FLOAT))
-    return op.ReduceSumSquare(wide, axes=[0])
+    return measured
