@@ -104,14 +104,19 @@ _method = click.option(
     help=f"The rule at every activation ({', '.join(RULES)}; rectgrad:95 sets its percentile), or what is made of its "
     f"map ({', '.join(filter(None, METHODS))}).",
 )
-_rule_alone = click.option(
-    "--method",
-    default="guided",
-    show_default=True,
-    metavar="|".join(RULES),
-    callback=_parsed(parse_rule),
-    help="The rule at every activation; rectgrad:95 sets its percentile.",
-)
+
+
+def _rule_alone(default: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--method",
+        default=default,
+        show_default=True,
+        metavar="|".join(RULES),
+        callback=_parsed(parse_rule),
+        help="The rule at every activation; rectgrad:95 sets its percentile.",
+    )
+
+
 _seed = click.option(
     "--seed",
     type=click.Choice(SEEDS),
@@ -136,8 +141,7 @@ _rules = _options(
         help="Which activations get the rule.",
     ),
 )
-_what = _options(
-    _method,
+_place = _options(
     click.option(
         "--output",
         metavar="TENSOR",
@@ -156,12 +160,16 @@ _what = _options(
         metavar="TENSOR",
         help="Attribute to this tensor.  [default: the float inputs; the lookup of ids; the floats of pixels]",
     ),
+    _rules,
+)
+_what = _options(
+    _method,
+    _place,
     click.option(
         "--layer",
         metavar="TENSOR",
         help="The feature map of grad-cam and the like.  [default: the last before it is pooled or flattened]",
     ),
-    _rules,
 )
 _pixels = _options(
     click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
@@ -319,7 +327,7 @@ def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
 @click.option("--top", type=click.IntRange(1), default=9, show_default=True, help="How many images of each channel.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder for what is written.")
 @click.option("--whole", is_flag=True, help="Send back the channel's whole map, not the strongest unit alone.")
-@_rule_alone
+@_rule_alone("guided")
 @_seed
 @_rules
 @_prepare
@@ -353,6 +361,42 @@ def inspect(model: Path, as_json: bool, **options: Any) -> None:
 
     report = inspect_model(model, **options)
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
+
+
+@main.command()
+@_model
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A folder of photos, a .npy, or a .npz with an array for each input.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder for plots and health.json.")
+@click.option("--limit", type=click.IntRange(1), default=1000, show_default=True, help="Use this much of --data.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.01,
+    show_default=True,
+    help="Below this share of an activation's largest slope a place is saturated.",
+)
+@_rule_alone("gradient")
+@_place
+@click.option(
+    "--target",
+    default="argmax",
+    show_default=True,
+    metavar="argmax|CLASS",
+    callback=_parsed(parse_class),
+    help="The class whose score's gradient is followed, an index or a name.",
+)
+@_json
+def health(model: Path, as_json: bool, **options: Any) -> None:
+    """Measures MODEL over data: dead and saturated units, activations, gradients that vanish or explode."""
+    from onnxgbp.health import model_health  # onnxruntime and, with --out, matplotlib: only here
+
+    report = model_health(model, **options)
+    click.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False) if as_json else report.to_text())
 
 
 @main.command()

@@ -29,7 +29,7 @@ from onnxgbp.step import label
 from onnxgbp.target import Explained, explained_tensor, parse_unit, stripped_text, unit_text
 from onnxgbp.vjps import FAMILIES, REFUSED, ZERO_GRADIENT, Entry
 
-__all__ = ["Inspection", "inspect_model", "operator_markdown", "operator_table", "operator_text"]
+__all__ = ["Inspection", "aligned", "inspect_model", "operator_markdown", "operator_table", "operator_text"]
 
 _MANY = 5  # names of nodes that a line of text shows; JSON has them all
 
@@ -295,7 +295,7 @@ def _value_text(value: Mapping[str, Any]) -> str:
 
 def _converted_text(found: Mapping[str, Any]) -> list[str]:
     rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in found["recorded"].items()]
-    return [f"converted  {found['holds']}", *_aligned([(f"  {name}", value) for name, value in sorted(rows)])]
+    return [f"converted  {found['holds']}", *aligned([(f"  {name}", value) for name, value in sorted(rows)])]
 
 
 def _source_text(found: Mapping[str, Any]) -> list[str]:
@@ -309,7 +309,7 @@ def _source_text(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"activations on the path: {len(rows)}, {plain} of them plain")
         if "samples" in found:
             lines.append(f"share of the gradient's energy that gates remove, over {found['samples']} samples")
-        lines += _aligned(
+        lines += aligned(
             [
                 (
                     f"  {row['node']}",
@@ -339,7 +339,7 @@ def _energy_text(energy: Mapping[str, float | None] | None) -> str:
     return f"x-gate {energy['x_gate']:.0%}, dy-gate {energy['dy_gate']:.0%}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -422,7 +422,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def operator_text() -> str:
     """The table for a terminal."""
-    return "\n".join(_aligned([_HEADINGS, *(_cells(row) for row in operator_table())]))
+    return "\n".join(aligned([_HEADINGS, *(_cells(row) for row in operator_table())]))
 
 
 def operator_markdown() -> str:
