@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnxgbp.activations import ACTIVATIONS, Activation
 from onnxgbp.convert import GradientGraph, Rules, fixed_scale, result_names
 from onnxgbp.data import Batch, batches, inputs_of
-from onnxgbp.emit import Emit, dims_of
+from onnxgbp.emit import Emit, dims_of, is_float
 from onnxgbp.energy import runnable
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explain import json_numbers
@@ -271,7 +271,7 @@ def _measure(axes: Mapping[str, int | None], threshold: float) -> Measure:
 
     def at_activation(edge: Edge, _passed: ir.Value) -> dict[str, ir.Value]:
         op, axis, rank = edge.op, axes[edge.y.name or ""], len(dims_of(edge.y) or ())
-        y, active = _wide(op, edge.y), _active(op, edge.activation, threshold)
+        y, active = _values(op, edge.activation), _active(op, edge.activation, threshold)
         finite = op.Less(op.Abs(y), op.like(np.inf, y))
         active = op.And(active, finite)
         if axis is None:  # one unit
@@ -298,8 +298,20 @@ def _measure(axes: Mapping[str, int | None], threshold: float) -> Measure:
     return Measure(at_activation, at_attribution)
 
 
+def _values(op: Emit, activation: Activation) -> ir.Value:
+    """Y in float32: where a quantiser hid the activation, what its integers stand for."""
+    y, quantiser = activation.y, activation.y.producer()
+    if is_float(y):
+        return _wide(op, y)
+    assert quantiser is not None  # a QuantizeLinear
+    axis = quantiser.attributes["axis"].as_int() if "axis" in quantiser.attributes else None
+    real = op.DequantizeLinear(y, *quantiser.inputs[1:], axis=axis)
+    real.type = activation.x.type
+    return _wide(op, real)
+
+
 def _wide(op: Emit, value: ir.Value) -> ir.Value:
-    return value if value.dtype == ir.DataType.FLOAT else op.typed(op.Cast(value, to=_FLOAT), value)
+    return value if value.dtype == ir.DataType.FLOAT else op.Cast(value, to=_FLOAT)
 
 
 def _active(op: Emit, activation: Activation, threshold: float) -> ir.Value:
@@ -623,8 +635,8 @@ def _dead(rows: Sequence[Mapping[str, Any]], count: int, samples: str, threshold
     yield _said(
         "dead",
         [],
-        f"never in {samples} does not mean never: at {_CONFIDENCE:.0%} confidence, any one of them may be active in up to "
-        f"{bound:.2g} of all samples like these, had they been drawn at random",
+        f"never in {samples} does not mean never: at {_CONFIDENCE:.0%} confidence, any one of them may be active in "
+        f"up to {bound:.2g} of all samples like these, had they been drawn at random",
     )
 
 
