@@ -173,6 +173,8 @@ def model_health(
     reader = _Reader(data, graph, limit)
     sums = dict[str, _Sums]()
     for feeds, filled in reader:
+        if folder is not None and not sums:
+            folder.clear()  # the data can be read, and the long pass is still ahead
         _add(sums, runnable(run, feeds))
         if filled:  # where the batch is fixed it ends in copies of the last sample: what these add is taken off again
             copies = {name: np.repeat(array[-1:], len(array), axis=0) for name, array in feeds.items()}
@@ -219,6 +221,8 @@ class _Reader:
 
     def __init__(self, data: str | Path, graph: GradientGraph, limit: int) -> None:
         self._data, self._limit = Path(data), limit
+        if not self._data.exists():
+            raise OnnxgbpError(f"cannot read {data}: no such file or folder")
         self._metadata = graph.source.model.metadata_props
         self._inputs = inputs_of(graph.source.model.graph)
         first = self._inputs[0].shape if self._inputs else ()
@@ -534,9 +538,10 @@ def _levels(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     levels = list[dict[str, Any]]()
     for depth in sorted({row["depth"] for row in judged}):
         here = [row for row in judged if row["depth"] == depth]
-        squares = sum(row["gradient"]["rms"] ** 2 * row["values"] for row in here)
+        squares = sum(row["gradient"]["rms"] * row["gradient"]["rms"] * row["values"] for row in here)
         rms = math.sqrt(squares / max(sum(row["values"] for row in here), 1))
-        levels.append({"depth": depth, "nodes": [row["node"] for row in here], "rms": rms})
+        norm = math.sqrt(sum(row["gradient"]["norm"] * row["gradient"]["norm"] for row in here))
+        levels.append({"depth": depth, "nodes": [row["node"] for row in here], "rms": rms, "norm": norm})
     for level, behind in itertools.zip_longest(levels, levels[1:]):
         level["to_last"] = _ratio(level["rms"], levels[-1]["rms"])
         level["to_next"] = _ratio(level["rms"], behind["rms"]) if behind is not None else None
@@ -681,21 +686,47 @@ def _passes(levels: Sequence[Mapping[str, Any]], method: str) -> Iterator[dict[s
     if len(levels) == 1:
         yield _said("gradient", levels[0]["nodes"], "one depth of activations: no way on which a gradient could vanish")
         return
-    steps = [(level["to_next"], level, behind) for level, behind in itertools.pairwise(levels)]
-    large = [step for step in steps if not 1 / _STEP < step[0] < _STEP]
-    for ratio, level, behind in large[::-1][:_SHOWN]:
-        word = "vanishes" if ratio < 1 else "explodes"
-        ends = f"from {_named(behind['nodes'])} back to {_named(level['nodes'])}"
-        yield _said("gradient", level["nodes"], f"it {word} {ends}: {what} changes by a factor of {ratio:.2g}")
-    way = levels[0]["to_last"]
-    over = f"at the first activation it is {way:.2g} of that at the last"
-    if not 1 / _WAY < way < _WAY:
-        word = "vanishes" if way < 1 else "explodes"
-        yield _said("gradient", levels[0]["nodes"], f"{what} {word} on the way: {over}")
+    steps = [_Change.between(level, behind) for level, behind in itertools.pairwise(levels)]
+    large = [step for step in steps if step.beyond(_STEP)]
+    for step in large[::-1][:_SHOWN]:
+        ends = f"from {_named(step.behind['nodes'])} back to {_named(step.level['nodes'])}"
+        factors = f"{what} changes by a factor of {step.rms:.2g}, its norm by one of {step.norm:.2g}"
+        yield _said("gradient", step.level["nodes"], f"it {step.word} {ends}: {factors}")
+    way = _Change.between(levels[0], levels[-1])
+    over = f"at the first activation the RMS is {way.rms:.2g} of that at the last"
+    if way.beyond(_WAY):
+        yield _said("gradient", levels[0]["nodes"], f"{what} {way.word} on the way: {over}")
     elif not large:
-        most = max(max(ratio, 1 / ratio) for ratio, _, _ in steps)
-        text = f"no layer vanishes or explodes: {what} changes by at most {most:.1f}x from layer to layer; {over}"
-        yield _said("gradient", [], text)
+        most, norms = (
+            max(max(ratio, 1 / ratio) for ratio in ratios) for ratios in zip(*map(_Change.ratios, steps), strict=True)
+        )
+        change = f"{what} changes by at most {most:.3g}x from layer to layer, its norm by {norms:.3g}x"
+        yield _said("gradient", [], f"no layer vanishes or explodes: {change}; {over}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """From the activations of one depth back to those of an earlier one."""
+
+    level: Mapping[str, Any]
+    behind: Mapping[str, Any]
+    rms: float
+    norm: float
+
+    @classmethod
+    def between(cls, level: Mapping[str, Any], behind: Mapping[str, Any]) -> _Change:
+        return cls(level, behind, level["rms"] / behind["rms"], level["norm"] / behind["norm"])
+
+    def ratios(self) -> tuple[float, float]:
+        return self.rms, self.norm
+
+    def beyond(self, limit: float) -> bool:
+        """Of both: the root mean square alone falls where a pool spreads the gradient over more places."""
+        return max(self.ratios()) <= 1 / limit or min(self.ratios()) >= limit
+
+    @property
+    def word(self) -> str:
+        return "vanishes" if self.rms < 1 else "explodes"
 
 
 # --- what is shown --------------------------------------------------------------------------------
@@ -733,15 +764,18 @@ class _Folder:
         except ImportError:
             raise OnnxgbpError("plots need matplotlib: pip install 'onnxgbp[plots]', or leave --out out") from None
         self._path = path
+
+    def clear(self) -> None:
+        """Makes the folder, and takes away what an earlier run left, which would pass for this one's."""
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            for name in (_REPORT, *_PLOTS):  # what an earlier run left would pass for this one's
-                (path / name).unlink(missing_ok=True)
+            self._path.mkdir(parents=True, exist_ok=True)
+            for name in (_REPORT, *_PLOTS):
+                (self._path / name).unlink(missing_ok=True)
         except OSError as error:
-            raise OnnxgbpError(f"cannot write {path}: {error.strerror or error}") from None
-        with output_file(path / f"{_REPORT}.tmp"):
+            raise OnnxgbpError(f"cannot write {self._path}: {error.strerror or error}") from None
+        with output_file(self._path / f"{_REPORT}.tmp"):
             pass
-        (path / f"{_REPORT}.tmp").unlink(missing_ok=True)
+        (self._path / f"{_REPORT}.tmp").unlink(missing_ok=True)
 
     def write(self, report: Health) -> None:
         from onnxgbp.plots import gradient_chart, histogram_grid  # matplotlib: only here
