@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 __all__ = ["gradient_chart", "histogram_grid"]
 
@@ -52,14 +53,23 @@ def _histogram(axes: Axes, row: Mapping[str, Any]) -> None:
     edges = bins["start"] + bins["width"] * np.arange(len(bins["counts"]) + 1)
     colour = _GREY if row["gate"] else _VERMILLION if dead else _BLUE
     hatch = "////" if dead and not row["gate"] else None
-    axes.set_yscale("log")
+    if row["min"] == row["max"]:  # one value: a bar of a width that can be seen
+        edges = row["min"] + max(abs(row["min"]), 1) * np.array([-0.02, 0.02])
+        axes.set_xlim(*(row["min"] + max(abs(row["min"]), 1) * np.array([-1, 1])))
+    _logarithmic(axes)
     axes.stairs(bins["counts"], edges, fill=True, baseline=0.5, fc=colour, ec="white", lw=0, hatch=hatch)
     axes.set_ylim(bottom=0.5)
     axes.set_title(_short(row["node"]) + " (gate)" * bool(row["gate"]), fontsize=8)
     axes.tick_params(labelsize=7)
+    axes.xaxis.get_offset_text().set_fontsize(7)
     kind = f"{row['kind']}, saturated {row['saturated']:.0%}" if row["saturated"] is not None else row["kind"]
     text = f"{kind}\n{dead} of {row['units']} {row['unit']}s dead"
     axes.text(0.97, 0.95, text, transform=axes.transAxes, ha="right", va="top", fontsize=7, bbox=_BOX)
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(NullFormatter())  # it would name 6e-1 where there is room
 
 
 _BOX = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5}
@@ -88,7 +98,7 @@ def gradient_chart(found: Mapping[str, Any]) -> Figure | None:
     drawn = [(level["depth"], level["rms"] / last) for level in levels if level["rms"]]
     axes.plot(*zip(*drawn, strict=True), color=_BLUE, linewidth=1.2, zorder=1, label="all of a depth")
     axes.axhline(1, color=_GREY, linewidth=0.6, zorder=0)
-    axes.set_yscale("log")
+    _logarithmic(axes)
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 1e-2), max(high, 1e2))  # less than two decades either way is no cause for alarm
     blank = [level["depth"] for level in levels if level["rms"] == 0]
