@@ -430,7 +430,8 @@ def test_numbers_that_overflow_inside_are_counted(tmp_path: Path) -> None:
     found = model_health(*save(tmp_path, model, x)).to_dict()
     (row,) = found["activations"]
     assert (row["values"], row["not_finite"]) == (6, 3)
-    assert row["per_unit"]["places"] == [2, 1, 0]
+    assert row["per_unit"]["places"] == row["per_unit"]["active"] == [2, 1, 0]
+    assert row["always_active"]["indices"] == [0, 1]
     assert row["mean"] == pytest.approx(np.exp([0, 1, 1]).mean(), rel=1e-6)
     assert (row["min"], row["max"]) == (1.0, pytest.approx(math.e))
     assert row["per_unit"]["mean"][2] is row["per_unit"]["min"][2] is None
@@ -568,6 +569,13 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path, write: Any, options: di
         model_health(tmp_path / "net.onnx", tmp_path / "x.npy", out=tmp_path / "out", **options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
+    model, _ = save(tmp_path, network(), PHOTOS)
+    result = CliRunner().invoke(main, ["health", str(model), "--data", str(tmp_path / "none.npy")])
+    assert result.exit_code == 1
+    assert result.output == f"Error: cannot read {tmp_path / 'none.npy'}: no such file or folder\n"
 
 
 def test_plots_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
