@@ -30,7 +30,7 @@ from onnxgbp.files import output_file, write
 from onnxgbp.inspection import aligned
 from onnxgbp.model import load, raised
 from onnxgbp.recognise import recognise
-from onnxgbp.rules import Edge, Measure, audit, parse_rules
+from onnxgbp.rules import Edge, Measure, audit, parse_rule, parse_rules
 from onnxgbp.step import label
 from onnxgbp.target import parse_class
 from onnxgbp.trial import session
@@ -139,7 +139,7 @@ def model_health(
         model: an .onnx file.
         data: a folder of photos, a photo, a .npy, or a .npz with an array for each input, samples along axis 0.
         out: a folder for `health.json`, written last, and plots (matplotlib, the extra `plots`); made where missing.
-        method: which gradient is followed, as for `convert`; the plain one says whether training could pass.
+        method: the rule of the gradient that is followed, see `rules.py`; the plain one says whether training could pass.
         target: a class by index or name, or argmax (None).
         output: as for `convert`, like unit, seed, wrt, rule and activations.
         unit: see there.
@@ -161,6 +161,7 @@ def model_health(
     chosen = parse_class("argmax" if target is None else target)
     place: dict[str, Any] = {"target": "argmax" if chosen is None else chosen, "output": output, "unit": unit}
     place |= {"seed": seed, "wrt": wrt}
+    method = parse_rule(method)
     look: dict[str, Any] = {"method": method, "rule": [rule] if isinstance(rule, str) else list(rule)}
     look["activations"] = activations
     source = load(model)

@@ -559,7 +559,7 @@ def test_the_command(tmp_path: Path) -> None:
         (lambda p: np.save(p, PHOTOS), {"target": "seed"}, "give argmax or a class"),
         (lambda p: np.save(p, PHOTOS), {"target": 4}, "out of range|only 4 classes"),
         (lambda p: np.save(p, PHOTOS), {"threshold": 1.0}, "is no share of the largest slope"),
-        (lambda p: np.save(p, PHOTOS), {"method": "smooth"}, "no rule is called 'smooth'"),
+        (lambda p: np.save(p, PHOTOS), {"method": "smoothgrad"}, "no rule is called 'smoothgrad'"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(tmp_path: Path, write: Any, options: dict[str, Any], message: str) -> None:
