@@ -139,7 +139,7 @@ def model_health(
         model: an .onnx file.
         data: a folder of photos, a photo, a .npy, or a .npz with an array for each input, samples along axis 0.
         out: a folder for `health.json`, written last, and plots (matplotlib, the extra `plots`); made where missing.
-        method: the rule of the gradient that is followed, see `rules.py`; the plain one says whether training could pass.
+        method: the rule of the gradient that is followed, see `rules.py`; the plain one tells what training would pass.
         target: a class by index or name, or argmax (None).
         output: as for `convert`, like unit, seed, wrt, rule and activations.
         unit: see there.
