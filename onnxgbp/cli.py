@@ -494,6 +494,59 @@ def diff(
         raise click.exceptions.Exit(1)
 
 
+_evaluated = _options(
+    _model,
+    click.option("--images", required=True, type=click.Path(path_type=Path), help="A folder of photos; a .npy."),
+    click.option(
+        "--methods",
+        default="gradient,deconvnet,guided",
+        show_default=True,
+        metavar="METHOD,...",
+        help="What is tested: any method that explain takes.",
+    ),
+    click.option("-o", "--out", type=click.Path(path_type=Path), help="A folder for pictures and figures."),
+    click.option("--output", metavar="TENSOR", help="The tensor to explain.  [default: the scores]"),
+    click.option("--limit", type=click.IntRange(1), help="Use this many samples.  [default: all]"),
+    click.option("--random-seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is drawn."),
+    _prepare,
+    _json,
+)
+
+
+@main.command()
+@_evaluated
+@click.option("--zero-mean", is_flag=True, help="Draw the weights around 0, not around each one's own mean.")
+def sanity(model: Path, as_json: bool, **options: Any) -> None:
+    """Says whether maps depend on what MODEL learned: layers made random, other classes (Adebayo et al. 2018).
+
+    For each method, how alike its maps stay when the layers' weights become random from the scores downwards, or when
+    another class is explained. A map that hardly changes shows the picture, not the model.
+    """
+    from onnxgbp.sanity import check_sanity  # Pillow and onnxruntime: only here
+
+    report = check_sanity(model, progress=lambda line: click.echo(line, err=True), **options)
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
+
+
+@main.command()
+@_evaluated
+@click.option("--boxes", type=click.Path(path_type=Path), help="JSON: file name -> [x0, y0, x1, y1] in photo pixels.")
+@click.option("--baseline", default="blur", show_default=True, metavar="blur|mean", help="What replaces a pixel.")
+@click.option("--steps", type=click.IntRange(1), default=32, show_default=True, help="In which pixels go.")
+@click.option("--noise-samples", type=click.IntRange(0), default=5, show_default=True, help="For max-sensitivity.")
+@click.option("--radius", type=float, default=0.02, show_default=True, help="Of the noise, of the sample's range.")
+def faithfulness(model: Path, as_json: bool, **options: Any) -> None:
+    """Says how far maps point at what MODEL uses, against a random map and an edge detector.
+
+    Deletion and insertion curves (Petsiuk et al. 2018), the pointing game where there are boxes (Zhang et al. 2016),
+    max-sensitivity (Yeh et al. 2019).
+    """
+    from onnxgbp.faithfulness import check_faithfulness  # Pillow and onnxruntime: only here
+
+    report = check_faithfulness(model, progress=lambda line: click.echo(line, err=True), **options)
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
+
+
 @main.command()
 @_json
 def ops(as_json: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onnxgbp.errors import OnnxgbpError
 
-__all__ = ["output_file", "write"]
+__all__ = ["output_file", "result_folder", "write"]
 
 
 def write(path: Path, data: bytes) -> None:
@@ -43,3 +43,15 @@ def output_file(path: Path) -> Iterator[Path]:
     finally:
         if aside is not None:
             aside.unlink(missing_ok=True)
+
+
+def result_folder(out: Path, last: str) -> None:
+    """Makes the folder for the files of a run, without `last`: written last, it says that the folder is complete."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / last).unlink(missing_ok=True)
+    except OSError as error:
+        raise OnnxgbpError(f"cannot write {out}: {error.strerror or error}") from None
+    with output_file(out / f"{last}.tmp"):  # found out before the work, not after it
+        pass
+    (out / f"{last}.tmp").unlink(missing_ok=True)

@@ -111,6 +111,25 @@ class Preprocessing:
             image = image.crop((left, top, left + width, top + height))
         return image
 
+    def placed(self, box: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Where a box of a photo of that (width, height) lies in the picture that the model sees, both in pixels as
+        (left, top, right, bottom); it may reach beyond the crop.
+        """
+        shorter = min(size)
+        shown = [min(side, _WIDEST * shorter) for side in size] if self.size is not None else list(size)
+        left, top = ((side - kept) // 2 for side, kept in zip(size, shown, strict=True))
+        final = (
+            [self.size if side == shorter else round(side * self.size / shorter) for side in shown]
+            if self.size
+            else shown
+        )
+        scales = [after / before for after, before in zip(final, shown, strict=True)]
+        height, width = self.crop or (final[1], final[0])
+        moved = round((final[0] - width) / 2), round((final[1] - height) / 2)
+        x0, x1 = ((x - left) * scales[0] - moved[0] for x in (box[0], box[2]))
+        y0, y1 = ((y - top) * scales[1] - moved[1] for y in (box[1], box[3]))
+        return x0, y0, x1, y1
+
     def prepare(self, image: Image.Image) -> npt.NDArray[np.float32]:
         """The model's input for one photo (RGB, from `read`): float32 [C, H, W] or, for nhwc, [H, W, C].
 
@@ -144,6 +163,8 @@ _OURS = (
     ".attribution.png",
     ".overlay.png",
     ".neurons.png",
+    ".sanity.png",
+    ".faithfulness.png",
 )  # what our commands write, perhaps into the folder of its photos
 
 
