@@ -191,6 +191,14 @@ _target = click.option(
     callback=_parsed(parse_target),
     help="The class to explain, an index or a name; topK for the K best; input and seed are fed when the model runs.",
 )
+_class = click.option(
+    "--target",
+    default="argmax",
+    show_default=True,
+    metavar="argmax|CLASS",
+    callback=_parsed(parse_class),
+    help="The class to explain, an index or a name.",
+)
 
 
 def _seed_scale(default: float | str) -> Callable[[Any], Any]:
@@ -270,6 +278,14 @@ def convert(model: Path, out: Path, **options: Any) -> None:
     click.echo(f"{out}: {graph.save(out, **options)}")
 
 
+def _forget_defaults(options: dict[str, Any]) -> None:
+    """A converted file says these itself; only what was asked for can contradict it."""
+    context = click.get_current_context()
+    for name in ("method", "activations", "seed"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+            options[name] = None
+
+
 @main.command()
 @click.argument("paths", nargs=-1, required=True, metavar="[MODEL] IMAGE...", type=click.Path(path_type=Path))
 @click.option(
@@ -280,14 +296,7 @@ def convert(model: Path, out: Path, **options: Any) -> None:
     help="The folder for pictures, arrays and manifest.json.",
 )
 @_what
-@click.option(
-    "--target",
-    default="argmax",
-    show_default=True,
-    metavar="argmax|CLASS",
-    callback=_parsed(parse_class),
-    help="The class to explain, an index or a name.",
-)
+@_class
 @_seed_scale("auto")
 @_sampling
 @_prepare
@@ -299,17 +308,64 @@ def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     """
     from onnxgbp.explain import explain_images  # Pillow and onnxruntime: only here
 
-    context = click.get_current_context()
-    for name in (
-        "method",
-        "activations",
-        "seed",
-    ):  # a converted file says both itself; only what was asked for can contradict
-        if context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
-            options[name] = None
+    _forget_defaults(options)
     failed = explain_images(paths, out, echo=click.echo, **options)
     if failed:
         raise click.ClickException(f"{len(failed)} of the images could not be explained; the others are done")
+
+
+@main.command()
+@_model
+@click.argument("data", metavar="INPUT", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder for the data set.")
+@_what
+@_class
+@_seed_scale("auto")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Samples in one run.")
+@click.option("--part-size", type=click.IntRange(1), default=1000, show_default=True, help="Rows in one file.")
+@click.option(
+    "--attribution",
+    type=click.Choice(["float16", "float32", "png", "none"]),
+    default="float16",
+    show_default=True,
+    help="How maps are written: as tensors, as pictures, or not.",
+)
+@click.option("--column", metavar="NAME", help="The images in Parquet.  [default: image, or the only bytes]")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option(
+    "--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes, or actors of Ray Data."
+)
+@click.option("--threads", type=click.IntRange(1), help="Of each worker.  [default: the cores shared out]")
+@click.option("--address", help="Of a Ray cluster, to which INPUT, MODEL and the folder are there too.")
+@click.option("--num-gpus", type=click.FloatRange(0), help="Of each actor of Ray.")
+@click.option("--max-errors", type=click.IntRange(0), help="Stop when more rows than this have errors.")
+@_prepare
+def batch(model: Path, data: Path, out: Path, **options: Any) -> None:
+    """Explains a data set of any size, and writes it as Parquet; started again, it goes on where it stopped.
+
+    INPUT is a folder of photos (and folders of them), a .txt file with a path on each line, Parquet with a column of
+    images, or a .npy or .npz. Exit status 0: every row is good; 3: all is done, but some rows have errors; 1: refused
+    or stopped; 130: interrupted.
+    """
+    from onnxgbp.batch import explain_batch  # pyarrow: only here
+
+    _forget_defaults(options)
+    explainer = ("method", "output", "unit", "seed", "wrt", "rule", "activations", "seed_scale", "provider")
+    try:
+        counts = explain_batch(
+            model,
+            data,
+            out,
+            echo=lambda line: click.echo(line, err=True),
+            options={name: options.pop(name) for name in explainer},
+            **options,
+        )
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted: what is in {out} stays, and the same command goes on", err=True)
+        raise click.exceptions.Exit(130) from None
+    click.echo(f"{out}: {counts.rows} rows, {counts.errors} with an error, {counts.blank} with a blank map")
+    if counts.errors:
+        raise click.exceptions.Exit(3)
 
 
 @main.command()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +19,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.images import Preprocessing, in_type, photos_in, read
 from onnxgbp.runtime import InputSpec
 
-__all__ = ["Batch", "batches", "inputs_of"]
+__all__ = ["Batch", "batches", "checked_arrays", "inputs_of"]
 
 Array = npt.NDArray[Any]
 
@@ -123,15 +126,32 @@ def _photo(photo: Path, prepared: Preprocessing, on_error: Callable[[str], Any] 
 
 
 def _arrays(path: Path, inputs: Sequence[InputSpec]) -> Iterator[_Sample]:
+    arrays, count = checked_arrays(path, inputs)
+    for i in range(count):
+        yield str(i), {spec.name: np.asarray(arrays[spec.name][i], spec.dtype) for spec in inputs}
+
+
+def checked_arrays(path: Path, inputs: Sequence[InputSpec], *, mapped: bool = False) -> tuple[dict[str, Array], int]:
+    """The arrays of a .npy or .npz by input name, and how many samples they hold; checked to fit the model.
+
+    A .npy stays on the disk; so does a .npz if `mapped`, which then must not be compressed.
+
+    Raises:
+        OnnxgbpError: not there, no such file, or nothing that fits the model.
+    """
     try:
         if path.suffix.lower() == ".npy":
             if len(inputs) != 1:
                 raise OnnxgbpError(f"the model takes {len(inputs)} inputs: give them as arrays in a .npz file")
             arrays = {inputs[0].name: np.load(path, mmap_mode="r", allow_pickle=False)}
+        elif mapped:
+            arrays = _mapped(path)
         else:
             with np.load(path, allow_pickle=False) as held:
                 arrays = {name: held[name] for name in held.files}
-    except (OSError, ValueError, EOFError) as error:
+    except OnnxgbpError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or "no array of numbers in numpy's format"
         raise OnnxgbpError(f"cannot read {path}: {reason}") from None
     if missing := [spec.name for spec in inputs if spec.name not in arrays]:
@@ -150,5 +170,25 @@ def _arrays(path: Path, inputs: Sequence[InputSpec]) -> Iterator[_Sample]:
             raise OnnxgbpError(
                 f"{spec} is {spec.dtype} [{expected}], but {path} holds {array.dtype} {list(array.shape)}"
             )
-    for i in range(counts.pop()):
-        yield str(i), {spec.name: np.asarray(arrays[spec.name][i], spec.dtype) for spec in inputs}
+    return arrays, counts.pop()
+
+
+def _mapped(path: Path) -> dict[str, Array]:
+    """The arrays of a .npz, read from the disk where they are used: `np.savez` stores each as it is in memory."""
+    arrays: dict[str, Array] = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise OnnxgbpError(f"{path} is compressed and would have to be held in memory: save it with np.savez")
+            # The lengths of the name and of the extra field end the local header, and with it lies the array.
+            stream.seek(member.header_offset + 26)
+            stream.seek(sum(struct.unpack("<HH", stream.read(4))), os.SEEK_CUR)
+            version = np.lib.format.read_magic(stream)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = header(stream)
+            if dtype.hasobject:
+                raise ValueError("pickled")
+            order: Literal["C", "F"] = "F" if fortran else "C"
+            offset = stream.tell()
+            arrays[member.filename.removesuffix(".npy")] = np.memmap(path, dtype, "r", offset, shape, order)
+    return arrays

@@ -26,7 +26,16 @@ from onnxgbp.model import METADATA
 from onnxgbp.render import PERCENTILE, overlay, signed_picture
 from onnxgbp.runtime import Explainer, Explanation
 
-__all__ = ["DEFAULT_MODEL", "MANIFEST", "explain_images", "json_numbers", "make_folder", "shown"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "MANIFEST",
+    "axes_of",
+    "explain_images",
+    "json_numbers",
+    "make_folder",
+    "options_of",
+    "shown",
+]
 
 
 class _Say(Protocol):
@@ -164,11 +173,7 @@ def explain_images(
         "model": str(model),
         "sha256": explainer.sha256,
         "provider": explainer.provider,
-        "options": {
-            key.removeprefix(METADATA): value
-            for key, value in sorted(explainer.metadata.items())
-            if key.startswith(METADATA) and key not in _NOT_OPTIONS
-        },
+        "options": options_of(explainer),
         "preprocessing": prepared.to_dict(),
         "percentile": PERCENTILE,
         "images": entries,
@@ -179,6 +184,15 @@ def explain_images(
 
 
 _NOT_OPTIONS = {METADATA + name for name in ("labels", "preprocessing", "sha256", "version")}
+
+
+def options_of(explainer: Explainer) -> dict[str, str]:
+    """What is explained, and by which rules, as the metadata has it."""
+    return {
+        key.removeprefix(METADATA): value
+        for key, value in sorted(explainer.metadata.items())
+        if key.startswith(METADATA) and key not in _NOT_OPTIONS
+    }
 
 
 def _model_and_images(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
@@ -291,12 +305,7 @@ def _explained(
 ) -> tuple[dict[str, Any], dict[str, Image.Image], npt.NDArray[Any]]:
     """What the manifest says of one image, its pictures, and the raw attribution without the batch axis."""
     attribution: npt.NDArray[Any] = result.attribution[0]
-    # A picture of integers is attributed to at its floats, which lie as its pixels do unless they were turned before.
-    as_floats = METADATA + "attributed" in explainer.metadata and attribution.shape == x.shape[1:]
-    own = explainer.wrt[0] == explainer.inputs[0].name or as_floats
-    rows_columns = slice(-3, -1) if prepared.layout == "nhwc" else slice(-2, None)
-    own = own and attribution.shape[rows_columns] == x.shape[rows_columns]  # else it is the map of a layer
-    layout, channels = (prepared.layout, prepared.channels) if own else ("nchw", "")
+    layout, channels = axes_of(explainer, prepared, x.shape[1:], attribution.shape)
     signed = signed_picture(attribution, layout=layout, channels=channels)
     laid = overlay(attribution, prepared.cropped(photo), layout=layout)
     chosen = int(result.target[0])
@@ -320,6 +329,18 @@ def _explained(
     if result.completeness_gap is not None:
         entry["completeness_gap"] = float(result.completeness_gap[0])
     return entry, {"attribution": signed.image, "overlay": laid.image}, attribution
+
+
+def axes_of(
+    explainer: Explainer, prepared: Preprocessing, x: Sequence[int], attribution: Sequence[int]
+) -> tuple[str, str]:
+    """Layout and channels of a sample's attribution, from its shape and that of its input."""
+    # A picture of integers is attributed to at its floats, which lie as its pixels do unless they were turned before.
+    as_floats = METADATA + "attributed" in explainer.metadata and tuple(attribution) == tuple(x)
+    own = explainer.wrt[0] == explainer.inputs[0].name or as_floats
+    rows_columns = slice(-3, -1) if prepared.layout == "nhwc" else slice(-2, None)
+    own = own and tuple(attribution[rows_columns]) == tuple(x[rows_columns])  # else it is the map of a layer
+    return (prepared.layout, prepared.channels) if own else ("nchw", "")
 
 
 def _label(labels: list[str], index: int) -> str | None:

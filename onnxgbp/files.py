@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onnxgbp.errors import OnnxgbpError
 
-__all__ = ["output_file", "result_folder", "write"]
+__all__ = ["durable_file", "output_file", "result_folder", "write"]
 
 
 def write(path: Path, data: bytes) -> None:
@@ -55,3 +55,24 @@ def result_folder(out: Path, last: str) -> None:
     with output_file(out / f"{last}.tmp"):  # found out before the work, not after it
         pass
     (out / f"{last}.tmp").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def durable_file(path: Path) -> Iterator[Path]:
+    """As `output_file`, and on the disk when it returns: a power failure leaves all of the file or nothing."""
+    with output_file(path) as aside:
+        yield aside
+        _sync(aside, os.O_RDWR)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        try:
+            _sync(path.resolve().parent, os.O_RDONLY)
+        except OSError as error:
+            raise OnnxgbpError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _sync(path: Path, mode: int) -> None:
+    handle = os.open(path, mode)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

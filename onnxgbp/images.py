@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.model import METADATA
 from onnxgbp.runtime import InputSpec
 
-__all__ = ["SUFFIXES", "Preprocessing", "in_type", "parse_floats", "photos_in", "read"]
+__all__ = ["SUFFIXES", "Preprocessing", "in_type", "is_photo", "parse_floats", "photos_in", "read"]
 
 SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 
@@ -168,6 +169,11 @@ _OURS = (
 )  # what our commands write, perhaps into the folder of its photos
 
 
+def is_photo(name: str) -> bool:
+    """Whether a file is called as a photo is, and not as a picture that an earlier run made."""
+    return Path(name).suffix.lower() in SUFFIXES and not name.endswith(_OURS)
+
+
 def photos_in(folder: Path) -> list[Path]:
     """The photos of a folder, sorted by name, without the pictures that an earlier run put there.
 
@@ -175,11 +181,7 @@ def photos_in(folder: Path) -> list[Path]:
         OnnxgbpError: it cannot be read, or holds none.
     """
     try:
-        inside = sorted(
-            path
-            for path in folder.iterdir()
-            if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.endswith(_OURS)
-        )
+        inside = sorted(path for path in folder.iterdir() if is_photo(path.name) and path.is_file())
     except OSError as error:
         raise OnnxgbpError(f"cannot read {folder}: {error.strerror}") from None
     if not inside:
@@ -187,14 +189,16 @@ def photos_in(folder: Path) -> list[Path]:
     return inside
 
 
-def read(path: Path) -> Image.Image:
+def read(path: Path, data: bytes | None = None) -> Image.Image:
     """A photo as uint8 RGB, turned upright as its EXIF data says, transparency laid on white, 16 bits made 8.
+
+    With `data`, the bytes of the photo, nothing is read: the path is only what it is called.
 
     Raises:
         OnnxgbpError: not there, not an image, cut off, or too large.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(path if data is None else io.BytesIO(data)) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):
