@@ -129,7 +129,7 @@ def explain_batch(
             run: dict[str, Any] = {
                 "input": fingerprint,
                 "model": explainer.sha256,
-                **options_of(explainer),
+                **{name: said for name, said in options_of(explainer).items() if name != "audit"},
                 "class": target,
                 "preprocessing": None if prepared is None else prepared.to_dict(),
                 "maps": attribution,

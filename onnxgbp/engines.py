@@ -5,6 +5,7 @@ Each yields the counts of rows as they become known, and leaves what was in flig
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -99,6 +100,7 @@ def on_ray(
         raise OnnxgbpError(f"the engine ray needs Ray Data ({error}): pip install 'onnxgbp[ray]'") from None
 
     started = not ray.is_initialized()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plan and its end are no news on top of ours
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level="error")
         context = ray.data.DataContext.get_current()

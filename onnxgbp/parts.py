@@ -121,7 +121,10 @@ class Job:
             ThreadPoolExecutor(self.threads) as writers,  # of their own: what is read ahead must not be in their way
             _bombs_are_errors(),
             aside.open("wb") as stream,
-            pyarrow.parquet.ParquetWriter(stream, self._schema(), write_page_checksum=True) as writer,
+            # A dictionary of values that hardly repeat would only cost time.
+            pyarrow.parquet.ParquetWriter(
+                stream, self._schema(), use_dictionary=["label", "error"], write_page_checksum=True
+            ) as writer,
         ):
             samples = _ahead(readers, self._read, self.samples.part(part), 2 * self.batch)
             for group in _grouped(samples, self.batch):
