@@ -89,7 +89,7 @@ def explain_batch(
         column: of images in a Parquet data set; None finds it.
         engine: local or ray.
         workers: processes, or actors of Ray. What was in flight when the run ends is that many parts at most.
-        threads: of each worker; None shares the cores out among them.
+        threads: of each worker; None shares the cores of this machine out among them. Ray reserves as many CPUs.
         address: of a Ray cluster; None starts one here, or takes what RAY_ADDRESS names.
         num_gpus: of each actor.
         max_errors: stop when more rows than this have errors.
@@ -111,7 +111,7 @@ def explain_batch(
         raise OnnxgbpError(f"attribution is one of {', '.join(FORMS)}; engine is local or ray")
     if engine == "local" and (address is not None or num_gpus is not None):
         raise OnnxgbpError("address and num_gpus are for the engine ray")
-    each = threads if threads or engine == "ray" or workers == 1 else max(1, _cores() // workers)
+    each = threads or max(1, _cores() // workers)
     explainer = Explainer(model, **(options or {}), threads=each, diagnose=False)
     if len(explainer.wrt) != 1 or len(explainer.methods) != 1 or explainer.top is not None:
         raise OnnxgbpError("a row holds one map: give one method, one class and one --wrt, or run the command for each")
@@ -142,17 +142,15 @@ def explain_batch(
             run = json.loads(json.dumps(run))  # as it is read again
             _begin(out, run)
             name = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-            cores = each or _cores()
-            job = Job(explainer, samples, prepared, out.absolute(), target, batch_size, attribution, shape, cores, name)
+            job = Job(explainer, samples, prepared, out.absolute(), target, batch_size, attribution, shape, each, name)
             parts = range(math.ceil(samples.count / part_size))
             done = {part: counts for part in parts if (counts := job.done(part)) is not None}
             left = [part for part in parts if part not in done]
             progress = _Progress(samples.count, sum(done.values(), Counts()), echo)
-            if not left:
-                steps: Generator[Counts] = in_process(job, left)
-            elif engine == "ray":
-                steps = on_ray(job, left, workers, address, threads, num_gpus)
-            elif workers > 1:
+            steps: Generator[Counts]
+            if left and engine == "ray":
+                steps = on_ray(job, left, workers, address, num_gpus)
+            elif left and workers > 1:
                 steps = in_processes(job, left, min(workers, len(left)))
             else:
                 steps = in_process(job, left)

@@ -335,7 +335,7 @@ def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
 @click.option(
     "--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes, or actors of Ray Data."
 )
-@click.option("--threads", type=click.IntRange(1), help="Of each worker.  [default: the cores shared out]")
+@click.option("--threads", type=click.IntRange(1), help="Of each worker.  [default: this machine's cores shared out]")
 @click.option("--address", help="Of a Ray cluster, to which INPUT, MODEL and the folder are there too.")
 @click.option("--num-gpus", type=click.FloatRange(0), help="Of each actor of Ray.")
 @click.option("--max-errors", type=click.IntRange(0), help="Stop when more rows than this have errors.")

@@ -85,9 +85,7 @@ def _write(part: int) -> Counts:
     return sum(_job.write(part), Counts())
 
 
-def on_ray(
-    job: Job, parts: Sequence[int], workers: int, address: str | None, cpus: int | None, gpus: float | None
-) -> Generator[Counts]:
+def on_ray(job: Job, parts: Sequence[int], workers: int, address: str | None, gpus: float | None) -> Generator[Counts]:
     """Ray Data maps the parts over a pool of actors; Ray starts actors anew that die, and gives their parts to others.
 
     Raises:
@@ -105,15 +103,19 @@ def on_ray(
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level="error")
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # there is ours
-        cpus = cpus or max(1, int(ray.cluster_resources().get("CPU", 1)) // workers)
         pool = ray.data.ActorPoolStrategy(size=min(workers, len(parts)), max_tasks_in_flight_per_actor=1)
         made = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map_batches(
-            _Actor, batch_size=1, compute=pool, fn_constructor_args=(job,), num_cpus=cpus, num_gpus=gpus
+            _Actor, batch_size=1, compute=pool, fn_constructor_args=(job,), num_cpus=job.threads, num_gpus=gpus
         )
         for row in made.iter_rows():
+            if row["error"]:
+                raise OnnxgbpError(str(row["error"]))
             yield Counts(int(row["rows"]), int(row["errors"]), int(row["blank"]))
+    except OnnxgbpError:
+        raise
     except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:
-        raise _ours(error) from None
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]  # the last of a traceback is why
+        raise OnnxgbpError(f"Ray: {said[-1] if said else type(error).__name__}") from None
     finally:
         if started:
             ray.shutdown()
@@ -125,16 +127,11 @@ class _Actor:
     def __init__(self, job: Job) -> None:
         self._job = job
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        counts = sum((count for part in batch["part"] for count in self._job.write(int(part))), Counts())
-        return {"rows": [counts.rows], "errors": [counts.errors], "blank": [counts.blank]}
-
-
-def _ours(error: BaseException) -> OnnxgbpError:
-    """What Ray wraps, if it is an error of ours; else its first line."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OnnxgbpError):
-            return OnnxgbpError(str(cause))
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return OnnxgbpError(f"Ray: {str(error).strip().partition(chr(10))[0] or type(error).__name__}")
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        counts, said = Counts(), ""
+        try:
+            for part in batch["part"]:
+                counts += sum(self._job.write(int(part)), Counts())
+        except OnnxgbpError as error:  # as a row: Ray would wrap it, with a traceback, in errors of its own
+            said = str(error)
+        return {"rows": [counts.rows], "errors": [counts.errors], "blank": [counts.blank], "error": [said]}

@@ -201,9 +201,10 @@ class Job:
 
     def _row(self, scores: Array, attribution: Array, target: int, x: tuple[int, ...]) -> _Row:
         try:
-            for name, values in (("scores", scores), ("attribution", attribution)):
-                if np.isnan(values).any() if name == "scores" else not np.isfinite(values).all():
-                    raise OnnxgbpError(f"the model gives {name} that are not finite numbers")
+            if np.isnan(scores).any():  # an infinity may be the logarithm of a probability of zero
+                raise OnnxgbpError("the model gives scores that are not numbers")
+            if not np.isfinite(attribution).all():
+                raise OnnxgbpError("the model gives an attribution with numbers that are not finite")
             blank = not attribution.any()
             unit = METADATA + "unit" in self.explainer.metadata
             values = np.ravel(scores).astype(np.float32)

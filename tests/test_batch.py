@@ -282,7 +282,7 @@ def test_numbers_that_cannot_be_written(tmp_path: Path) -> None:
     for form in ("float16", "float32"):
         assert run(model, tmp_path / "x.npy", "-o", tmp_path / form, "--attribution", form).exit_code == 3
         errors[form] = {row["index"]: row["error"] for row in rows_of(tmp_path / form) if row["error"]}
-    assert errors["float32"] == {1: "the model gives scores that are not finite numbers"}
+    assert errors["float32"] == {1: "the model gives scores that are not numbers"}
     assert list(errors["float16"]) == [1, 2, 3]
     assert "float16 cannot hold a map whose largest value is 3.12e+06" in errors["float16"][2]
     assert "float16 cannot hold a map whose largest value is 3.12e-10" in errors["float16"][3]
@@ -344,6 +344,21 @@ def test_refusals(model: Path, photos: Path, tmp_path: Path) -> None:
     (out / "x.parquet").write_bytes(b"")
     assert "holds Parquet files but no _manifest.json" in refusal(run(model, photos, "-o", out))
     assert "cannot write" in refusal(run(model, photos, "-o", model / "out"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "more", "said"),
+    [("pyarrow", [], "pip install 'onnxgbp[batch]'"), ("ray", ["--engine", "ray"], "pip install 'onnxgbp[ray]'")],
+)
+def test_what_is_not_installed(
+    model: Path, photos: Path, tmp_path: Path, missing: str, more: list[str], said: str
+) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None; from onnxgbp.cli import main; main(sys.argv[1:])"
+    arguments = [sys.executable, "-c", program, "batch", model, photos, "-o", tmp_path / "out", *more]
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert said in line
 
 
 def test_it_travels_by_pickle(model: Path, tmp_path: Path) -> None:
