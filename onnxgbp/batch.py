@@ -20,10 +20,11 @@ import click
 import numpy as np
 
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.explain import options_of
+from onnxgbp.explain import baseline_of, options_of
 from onnxgbp.files import durable_file
 from onnxgbp.images import Preprocessing
 from onnxgbp.installed import onnxruntime_module
+from onnxgbp.methods import sampling_text
 from onnxgbp.render import signed_picture
 from onnxgbp.runtime import Explainer
 from onnxgbp.samples import Samples, samples_of
@@ -93,8 +94,8 @@ def explain_batch(
         address: of a Ray cluster; None starts one here, or takes what RAY_ADDRESS names.
         num_gpus: of each actor.
         max_errors: stop when more rows than this have errors.
-        options: more arguments of `Explainer`: method, output, unit, seed, wrt, rule, activations, seed_scale and
-            provider.
+        options: more arguments of `Explainer`: method, output, unit, seed, wrt, layer, rule, activations, seed_scale,
+            provider, and those of the methods that sample.
         **preprocessing: as for `explain_images`.
 
     Returns:
@@ -116,6 +117,7 @@ def explain_batch(
     if len(explainer.wrt) != 1 or len(explainer.methods) != 1 or explainer.top is not None:
         raise OnnxgbpError("a row holds one map: give one method, one class and one --wrt, or run the command for each")
     explainer.check_target(target)
+    start = baseline_of(explainer, **preprocessing)
     size = explainer.inputs[0].shape[0]
     batch_size = size if isinstance(size, int) else batch_size
 
@@ -125,11 +127,13 @@ def explain_batch(
             samples = samples_of(data, explainer.inputs, out / _LISTING, part_size, column)
             fingerprint = samples.fingerprint()
             prepared = _preparation(explainer, fingerprint["kind"], attribution, preprocessing)
-            shape = _map_shape(explainer, samples, prepared, attribution)
+            shape = _map_shape(explainer, samples, prepared, attribution, start)
             run: dict[str, Any] = {
                 "input": fingerprint,
                 "model": explainer.sha256,
                 **{name: said for name, said in options_of(explainer).items() if name != "audit"},
+                **sampling_text(explainer.options),
+                "baseline samples": None if start is None else hashlib.sha256(start.tobytes()).hexdigest(),
                 "class": target,
                 "preprocessing": None if prepared is None else prepared.to_dict(),
                 "maps": attribution,
@@ -142,7 +146,9 @@ def explain_batch(
             run = json.loads(json.dumps(run))  # as it is read again
             _begin(out, run)
             name = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-            job = Job(explainer, samples, prepared, out.absolute(), target, batch_size, attribution, shape, each, name)
+            job = Job(
+                explainer, samples, prepared, out.absolute(), target, start, batch_size, attribution, shape, each, name
+            )
             parts = range(math.ceil(samples.count / part_size))
             done = {part: counts for part in parts if (counts := job.done(part)) is not None}
             left = [part for part in parts if part not in done]
@@ -237,7 +243,7 @@ def _preparation(explainer: Explainer, kind: str, form: str, preprocessing: dict
 
 
 def _map_shape(
-    explainer: Explainer, samples: Samples, prepared: Preprocessing | None, form: str
+    explainer: Explainer, samples: Samples, prepared: Preprocessing | None, form: str, baseline: Any
 ) -> tuple[int, ...] | None:
     """The shape of a sample's map, by a first run on zeros; None where photos of any size may come.
 
@@ -261,7 +267,7 @@ def _map_shape(
         return None
     fixed = explainer.inputs[0].shape[0]
     size = fixed if isinstance(fixed, int) else 1
-    result = explainer({name: np.stack([array] * size) for name, array in zeros.items()})
+    result = explainer({name: np.stack([array] * size) for name, array in zeros.items()}, baseline=baseline)
     if len(result.scores) != size or len(result.attribution) != size:
         raise OnnxgbpError("the model's outputs have no row for each sample: use onnxgbp.Explainer")
     if form == "png":

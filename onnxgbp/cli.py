@@ -321,6 +321,7 @@ def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
 @_what
 @_class
 @_seed_scale("auto")
+@_sampling
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Samples in one run.")
 @click.option("--part-size", type=click.IntRange(1), default=1000, show_default=True, help="Rows in one file.")
 @click.option(
@@ -350,7 +351,8 @@ def batch(model: Path, data: Path, out: Path, **options: Any) -> None:
     from onnxgbp.batch import explain_batch  # pyarrow: only here
 
     _forget_defaults(options)
-    explainer = ("method", "output", "unit", "seed", "wrt", "rule", "activations", "seed_scale", "provider")
+    explainer = ["method", "output", "unit", "seed", "wrt", "layer", "rule", "activations", "seed_scale", "provider"]
+    explainer += ["n_samples", "stdevs", "n_steps", "baseline", "random_seed", "internal_batch_size"]
     try:
         counts = explain_batch(
             model,

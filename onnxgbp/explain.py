@@ -30,6 +30,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "MANIFEST",
     "axes_of",
+    "baseline_of",
     "explain_images",
     "json_numbers",
     "make_folder",
@@ -132,7 +133,7 @@ def explain_images(
         raise OnnxgbpError(f"pictures are drawn for one image input; this one takes {inputs}: use onnxgbp.Explainer")
     prepared = Preprocessing.of(explainer.metadata, explainer.inputs[0], **preprocessing)
     explainer.check_target(target)
-    start = _baseline(explainer, **preprocessing)
+    start = baseline_of(explainer, **preprocessing)
     labels = labels_of(explainer.metadata)
     make_folder(out, images)
 
@@ -214,7 +215,7 @@ def _model_and_images(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
     return model, images
 
 
-def _baseline(explainer: Explainer, **preprocessing: Any) -> npt.NDArray[Any] | None:
+def baseline_of(explainer: Explainer, **preprocessing: Any) -> npt.NDArray[Any] | None:
     """The samples that a baseline names, prepared as the images are; None where it is a number or there is none."""
     given = explainer.options.get("baseline", 0)
     if given is None:

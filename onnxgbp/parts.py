@@ -79,7 +79,8 @@ class Job:
     """All that makes a part; it pickles, so that it can travel to a worker.
 
     prepared: how photos are prepared, and how a map is drawn; None for arrays.
-    batch: samples in one run of the model. form: one of FORMS. shape: of one sample's map, for FLOATS.
+    baseline: the samples that a method starts from. batch: samples in one run of the model.
+    form: one of FORMS. shape: of one sample's map, for FLOATS.
     threads: that read and decode. run: what tells this data set from another, written into each part.
     """
 
@@ -88,6 +89,7 @@ class Job:
     prepared: Preprocessing | None
     out: Path
     target: int | str | None
+    baseline: Array | None
     batch: int
     form: str
     shape: tuple[int, ...] | None
@@ -191,7 +193,8 @@ class Job:
         fixed = self.explainer.inputs[0].shape[0]
         filled = [*samples, *[samples[-1]] * (fixed - len(samples) if isinstance(fixed, int) else 0)]
         try:
-            result = self.explainer({name: np.stack([one[name] for one in filled]) for name in samples[0]}, self.target)
+            x = {name: np.stack([one[name] for one in filled]) for name in samples[0]}
+            result = self.explainer(x, self.target, baseline=self.baseline)
         except OnnxgbpError as error:
             if len(samples) == 1:
                 return [_Row(error=str(error))]
