@@ -167,11 +167,11 @@ def explain_batch(
                     f"parts of {out} were removed or changed meanwhile: the same command makes them again"
                 )
             _write_manifest(out, run, total)
-            _sweep(out)
             return total
         finally:
             with contextlib.suppress(OSError):
                 (out / _LISTING).unlink(missing_ok=True)
+                _sweep(out)  # what workers left that were stopped in the middle
             if created and not (out / _MANIFEST).exists():
                 with contextlib.suppress(OSError):  # whatever else was put there stays
                     (out / _LOCK).unlink(missing_ok=True)
