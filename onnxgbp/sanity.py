@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from onnxgbp.curves import Panel, require_plots, save_curves
 from onnxgbp.data import Batch, batches
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explain import json_numbers
@@ -30,7 +31,6 @@ from onnxgbp.files import output_file, result_folder, write
 from onnxgbp.images import Preprocessing, read
 from onnxgbp.maps import MEASURES, Likeness, channel_axis, likeness, similarity
 from onnxgbp.model import METADATA, load
-from onnxgbp.curves import Panel, require_plots, save_curves
 from onnxgbp.render import signed_picture
 from onnxgbp.runtime import Explainer, Explanation
 from onnxgbp.weights import Layer, Opened, open_weights, random_weights
