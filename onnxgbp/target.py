@@ -450,7 +450,7 @@ def _strongest(op: Emit, scores: ir.Value) -> ir.Value:
     """The class with the highest score of each sample, int64 [N]."""
     if len(dims_of(scores) or ()) == 2:
         return op.ArgMax(scores, axis=1, keepdims=0)
-    return op.Squeeze(op.ArgMax(scores, axis=1), axes=list(range(1, len(dims_of(scores) or ()))))
+    return op.Reshape(op.ArgMax(scores, axis=1), [0])  # 0 copies the batch: a free one keeps its name
 
 
 def _top(op: Emit, scores: ir.Value, count: int) -> ir.Value:

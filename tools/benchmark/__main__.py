@@ -199,15 +199,18 @@ def growth(name: str, folder: Path, machine: Row, rounds: int, runs: int) -> Ite
 
 
 def many_targets(name: str, folder: Path, machine: Row, rounds: int, runs: int) -> Iterator[Row]:
-    """Five classes of one image: as a batch of five copies, and in five calls."""
+    """Five classes of one image: over one forward pass, as a batch of five copies, and in five calls."""
     size, source, converted = networks.NETWORKS[name].size, folder / f"{name}.onnx", folder / f"{name}.input.onnx"
     networks.export(name, str(source))
     convert(source, converted, "--target", "input")
+    several = folder / f"{name}.input5.onnx"
+    convert(source, several, "--target", "input5")
+    shared = task("5 targets over one forward pass", several, name, 1, size, machine) | {"targets": [[1, 2, 3, 4, 5]]}
     together = task("5 targets at once", converted, name, 5, size, machine) | {"targets": [1, 2, 3, 4, 5]}
     alone = task("1 target", converted, name, 1, size, machine) | {"targets": [1]}
     forward = task("forward", source, name, 1, size, machine)
     case = {"network": name, "batch": 1, "size": size, "targets": 5, **machine}
-    yield from rows_of(measure([forward, together, alone], rounds, runs), case)
+    yield from rows_of(measure([forward, shared, together, alone], rounds, runs), case)
 
 
 def profile(model: Path, batch: int, size: int, threads: int, folder: Path) -> list[str]:
