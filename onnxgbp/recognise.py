@@ -88,6 +88,8 @@ def _single(node: ir.Node) -> Activation | None:
         given = step.tensor(name)
         known = constant_value(given)
         arguments[name] = given if given is not None and known is None else step.argument(name)
+        if isinstance(arguments[name], np.ndarray) and arguments[name].size != 1:
+            raise step.refuse(f"its argument '{name}' is no single number")
         if isinstance(arguments[name], np.ndarray):  # a bound of shape [1], which some exporters write
             arguments[name] = arguments[name].item()
     if kind == "PRelu":

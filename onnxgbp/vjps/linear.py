@@ -24,6 +24,8 @@ __all__ = ["VJPS"]
 def conv_x(op: Emit, s: Step) -> ir.Value:
     """The transpose of the convolution, cut to the size of x."""
     w = s.input(1)
+    if dims_of(w) is not None and s.rank(w) != s.rank():
+        raise s.refuse(f"its weight '{w.name}' has {s.rank(w)} axes and its input {s.rank()}; the model is not valid")
     return op.private("ConvGrad", s.dy, w, s.x, like=s.x, window=window(s, dims_of(w)), group=int(s.argument("group")))
 
 
