@@ -123,6 +123,8 @@ def _measured(
     target = graph.options["target"]
     if target == "seed" or target.startswith("input"):
         raise OnnxgbpError(f"target {target} has to be fed, and the data has no such input: choose argmax or a class")
+    if graph.seed_classes is not None:
+        raise OnnxgbpError(f"target {target} has a sweep for each class: measure one of them, argmax or a class")
     names = list[str]()
 
     def feeds() -> Iterable[dict[str, Any]]:

@@ -89,6 +89,7 @@ def test_where_no_gradient_arrives_there_is_no_share(model: Path, tmp_path: Path
     ("write", "options", "message"),
     [
         (lambda p: np.save(p, X), {"target": "seed"}, "target seed has to be fed"),
+        (lambda p: np.save(p, X), {"target": "top2"}, "target top2 has a sweep for each class"),
         (lambda p: np.save(p, X[:, :4]), {}, r"input 'x' is float32 \[N, 5\], but .* holds float32 \[20, 4\]"),
         (lambda p: np.save(p, X.astype(int)), {}, "but .* holds int64"),
         (lambda p: p.write_bytes(b"no array"), {}, "no array of numbers in numpy's format"),
