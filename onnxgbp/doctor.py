@@ -121,6 +121,7 @@ def _tried(provider: str) -> str | None:
     code = f"import sys; sys.path[:] = {sys.path!r}; from onnxgbp.doctor import _try; _try({provider!r})"
     command = [sys.executable, "-c", code]
     try:
+        # S603: the command is this interpreter and a script of ours.
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, errors="replace")  # noqa: S603
     except subprocess.TimeoutExpired:
         return f"no answer within {_PATIENCE} seconds"

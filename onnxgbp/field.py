@@ -306,6 +306,7 @@ def _padded(indices: Indices, ends: tuple[int, int], mode: str) -> Indices:
     width = (max(ends[0], 0), max(ends[1], 0))
     if mode == "constant":
         return np.pad(kept, width, constant_values=-1)
+    # numpy types each mode as a literal of its own
     return np.pad(kept, width, mode=mode)  # type: ignore[call-overload, no-any-return]
 
 

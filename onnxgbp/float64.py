@@ -309,6 +309,7 @@ class ScatterElements(_ScatterElements):
             added = data.copy()
             np.add.at(added, indices, updates)
             return (added,)
+        # onnx ships no types for its evaluator
         scattered: tuple[Array] = super()._run(data, indices, updates, axis=axis, reduction=reduction)  # type: ignore[no-untyped-call]
         return scattered
 

@@ -345,6 +345,7 @@ class Explainer:
             OnnxgbpError: an input of a wrong name, shape or type, a target that is out of range or of a wrong length,
                 or the runtime fails.
         """
+        # numpy's ndim and shape take what Target allows, lists of names included; their types say less
         if self.top is None and self.mode == "input" and np.ndim(target) == 2:  # type: ignore[arg-type]
             return self._several(np.shape(target)[1])(x, target, baseline=baseline)  # type: ignore[arg-type]
         feeds = self._feeds(x)
@@ -358,6 +359,7 @@ class Explainer:
         scores = _as_array(outputs[self.scores_output] if self.scores_output is not None else [])
         if count is None and self._target_input is not None:  # what could not be checked before
             samples = len(scores) if scores.ndim else len(chosen)
+            # as above: ndim takes more than its type says
             if len(chosen) != samples or (np.ndim(target) and len(targets) != samples):  # type: ignore[arg-type]
                 raise OnnxgbpError(_wrong_length(targets, samples))
         options, gap = self.options, None
@@ -584,6 +586,7 @@ class Explainer:
             targets = given.astype(np.int64)
         else:
             given = np.atleast_1d(given)
+            # as in __call__: ndim takes more than its type says
             if given.ndim != 1 or (count is not None and np.ndim(target) and len(given) != count):  # type: ignore[arg-type]
                 raise OnnxgbpError(_wrong_length(given, count))
             targets = np.broadcast_to(given, (len(given) if count is None else count,)).astype(np.int64)
