@@ -1,4 +1,4 @@
-"""The table of speed says what `tools/bench.json` says, and the benchmark's networks are what their names promise."""
+"""What `tools/bench.json` says of the profiles, and the benchmark's networks are what their names promise."""
 
 from __future__ import annotations
 
@@ -8,31 +8,6 @@ import bench_table
 import pytest
 
 ROWS = json.loads(bench_table.RESULTS.read_text(encoding="utf-8"))
-
-
-def test_readme_is_current() -> None:
-    text = bench_table.README.read_text(encoding="utf-8")
-    if bench_table.BEGIN not in text:
-        pytest.skip("the README has no markers for the table yet")
-    assert text == bench_table.current(text), "python tools/bench_table.py"
-
-
-def test_a_stale_table_is_noticed_and_rewritten(tmp_path, monkeypatch, capsys) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{bench_table.BEGIN}\nold\n{bench_table.END}\nafter\n")
-    monkeypatch.setattr(bench_table, "README", readme)
-    assert bench_table.main(["--check"]) == 1
-    assert "stale" in capsys.readouterr().err
-    assert bench_table.main([]) == 0
-    assert bench_table.main(["--check"]) == 0
-    assert "resnet50, 1" in readme.read_text()
-
-
-def test_a_readme_without_markers_is_refused(tmp_path, monkeypatch, capsys) -> None:
-    (tmp_path / "README.md").write_text("nothing")
-    monkeypatch.setattr(bench_table, "README", tmp_path / "README.md")
-    assert bench_table.main([]) == 1
-    assert "bench:begin" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "cosine_of_profiles" in row], ids=lambda row: row["network"])

