@@ -5,12 +5,13 @@ Each yields the counts of rows as they become known, and leaves what was in flig
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -46,7 +47,8 @@ def in_processes(job: Job, parts: Sequence[int], workers: int) -> Generator[Coun
             try:
                 while left or running:
                     while left and len(running) < workers:
-                        running[pool.submit(_write, left[0])] = left[0]
+                        with _deaf():  # the pool starts its workers when it is given something to do
+                            running[pool.submit(_write, left[0])] = left[0]
                         left.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         counts = future.result()
@@ -63,6 +65,19 @@ def in_processes(job: Job, parts: Sequence[int], workers: int) -> Generator[Coun
             except BaseException:
                 life.close()
                 raise
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C waits until the block ends, and processes that begin in it do not hear it: what they import would show."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _job: Job | None = None  # of a worker

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -389,9 +390,9 @@ def test_it_travels_by_pickle(model: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
-    """A list of 60 photos, of which only four are files; the tenth is none."""
+    """A list of 60 photos, of which only four are files; the tenth is none. They are large: a run takes its time."""
     for i in range(4):
-        picture(tmp_path / f"{i}.png", (600, 500), seed=i)
+        picture(tmp_path / f"{i}.png", (1000, 800), seed=i)
     (tmp_path / "many.txt").write_text("".join(f"{i % 4 if i != 10 else 'none'}.png\n" for i in range(60)))
     return tmp_path / "many.txt"
 
@@ -438,6 +439,13 @@ def group(process: subprocess.Popen[str]) -> set[int]:
     return alive - {process.pid}
 
 
+def commandline(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:  # it has ended
+        return ""
+
+
 def goes_on(model: Path, many: Path, out: Path, whole: dict[str, str], *more: Any) -> None:
     """What is there is whole and stays as it is; the same command makes the rest, and nothing else is left."""
     before = {name: (out / name).stat().st_mtime_ns for name in parts(out)}
@@ -478,13 +486,27 @@ def test_interrupted(model: Path, many: Path, whole: dict[str, str], tmp_path: P
     goes_on(model, many, out, whole)
 
 
+def test_workers_never_hear_of_an_interruption(model: Path, many: Path, tmp_path: Path) -> None:
+    """From their first moment on: one that came while they import would show as a traceback."""
+    seen = 0
+    with started(model, many, tmp_path / "out", "--workers", 2) as process:
+        while not parts(tmp_path / "out"):
+            for pid in group(process):
+                if "spawn_main" in commandline(pid):
+                    masks = re.findall(r"Sig(?:Blk|Ign):\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+                    assert any(int(mask, 16) >> (signal.SIGINT - 1) & 1 for mask in masks)
+                    seen += 1
+            assert process.poll() is None
+    assert seen
+
+
 def test_a_worker_is_killed(model: Path, many: Path, whole: dict[str, str], tmp_path: Path) -> None:
     """Nothing is lost: the parts in flight are made again by new workers, in the same run."""
     out = tmp_path / "out"
     with started(model, many, out, "--workers", 2) as process:
         wait_for(lambda: len(parts(out)) >= 1, process)
         for pid in group(process):
-            if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
+            if "spawn_main" in commandline(pid):
                 os.kill(pid, signal.SIGKILL)
                 break
         stderr = process.communicate()[1]
