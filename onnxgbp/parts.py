@@ -123,9 +123,13 @@ class Job:
             ThreadPoolExecutor(self.threads) as writers,  # of their own: what is read ahead must not be in their way
             _bombs_are_errors(),
             aside.open("wb") as stream,
-            # A dictionary of values that hardly repeat would only cost time.
+            # A dictionary of values that hardly repeat would only cost time, and so would the least and largest of a map.
             pyarrow.parquet.ParquetWriter(
-                stream, self._schema(), use_dictionary=["label", "error"], write_page_checksum=True
+                stream,
+                self._schema(),
+                use_dictionary=["label", "error"],
+                write_statistics=["index", "id", "target", "label", "checksum", "error"],
+                write_page_checksum=True,
             ) as writer,
         ):
             samples = _ahead(readers, self._read, self.samples.part(part), 2 * self.batch)
@@ -270,6 +274,10 @@ def _narrowed(attribution: Array, dtype: np.dtype[Any]) -> Array:
             raise OnnxgbpError(
                 f"{dtype} cannot hold a map whose largest value is {largest:.3g}: use a wider --attribution"
             )
+    if attribution.dtype == np.float32 and dtype == np.float16:
+        # The same values as astype's, which takes 15 times as long for those below the smallest normal number.
+        narrow = pyarrow.array(attribution.ravel()).cast(pyarrow.float16(), safe=False)
+        return np.asarray(narrow).reshape(attribution.shape)
     return attribution.astype(dtype)
 
 
