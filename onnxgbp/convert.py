@@ -20,10 +20,11 @@ from onnxgbp.differentiate import differentiate, refuse_missing
 from onnxgbp.emit import PRIVATE, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.external import copy_beside
+from onnxgbp.graph_methods import Sweeps, find_layer
 from onnxgbp.inputs import attributed, integer_ranges
 from onnxgbp.labels import labels_of
 from onnxgbp.lower import PROFILES, lower, merge_equal, prune
-from onnxgbp.methods import METHODS, Method, Sweeps, find_layer, find_method, parse_methods, refuse_sampled, rule_of
+from onnxgbp.methods import METHODS, Method, find_method, parse_methods, refuse_sampled, rule_of
 from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
 from onnxgbp.recognise import recognise
 from onnxgbp.rules import Choice, Measure, audit, choose, depths, install, listed, parse_activations, parse_rules
@@ -81,13 +82,13 @@ def convert(
     of what is attributed to; `attribution_<name>` each for several), then `attribution_target` (int64 [N]).
     With K classes a sample, attributions are [N, K, ...] and `attribution_target` is [N, K]. With several methods there
     is an `attribution_<method>` for each, over one forward pass. The shape of what is more than the map of a rule
-    stands in `methods.py`: that of grad-cam is [N, 1, H, W].
+    stands in `graph_methods.py`: that of grad-cam is [N, 1, H, W].
 
     Args:
         model: a path, or a `ModelProto`.
         method: the rule at every activation: gradient, deconvnet, guided, as-relu or rectgrad; or what is made of its
             map, METHOD or METHOD:RULE: input-x-gradient, grad-cam, guided-grad-cam or layer-activation-x-gradient.
-            Formulas and papers stand in `rules.py` and `methods.py`.
+            Formulas and papers stand in `rules.py` and `graph_methods.py`.
         methods: several of them, one attribution each, instead of `method`.
         target: what is explained for each sample: argmax, topK (such as top5), a class by its index or, where the
             metadata has labels, by its name; or input, inputK, seed to feed it when the model runs.

@@ -20,8 +20,9 @@ from onnxgbp.differentiate import Path as Nodes
 from onnxgbp.differentiate import find_path, missing_rules
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.graph_methods import find_layer
 from onnxgbp.inputs import Attributed, attributed
-from onnxgbp.methods import find_layer, find_method, rule_of
+from onnxgbp.methods import find_method, rule_of
 from onnxgbp.model import METADATA, OLDEST_OPSET, Source, load
 from onnxgbp.recognise import recognise
 from onnxgbp.rules import Choice, audit, choose, depths, parse_activations, parse_rules

@@ -27,8 +27,6 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.installed import onnxruntime_module
 from onnxgbp.labels import find_label, labels_of
 from onnxgbp.methods import (
-    At,
-    Sample,
     find_method,
     parse_method,
     parse_methods,
@@ -38,6 +36,7 @@ from onnxgbp.methods import (
 )
 from onnxgbp.model import METADATA, ModelLike, Source, load
 from onnxgbp.rules import listed, parse_rules
+from onnxgbp.sampled_methods import At, Sample
 from onnxgbp.scale import Census, computes_in_float16, fit, lost, parse_seed_scale, start
 from onnxgbp.target import classes_of, parse_unit, unit_text
 
@@ -89,7 +88,7 @@ class Explanation:
     """What one call gives.
 
     attribution: raw and signed, shape and dtype of the tensor that is attributed to (the input, or for a model of
-        integers their lookup or floats; the map of grad-cam is [N, 1, H, W], see `methods.py`), float32 where the
+        integers their lookup or floats; the map of grad-cam is [N, 1, H, W], see `graph_methods.py`), float32 where the
         seed's scale was divided out of float16; [N, K, ...] for K targets a sample. A dict by tensor name where several
         are attributed to, a dict by method where there are several methods, of such dicts where both.
     scores: the model's own output that the explained tensor belongs to, as the model returns it (probabilities where
@@ -142,7 +141,7 @@ class Explainer:
         method: as for `convert` (None: guided), like methods, output, unit, seed, wrt, layer, rule, activations and
             profile. For a converted file each may only repeat what it was converted with. `unit` fixes the target.
             Besides, METHOD or METHOD:RULE of smoothgrad, smoothgrad-squared, vargrad, integrated-gradients and
-            expected-gradients, which run the model at many points; formulas and papers stand in `methods.py`.
+            expected-gradients, which run the model at many points; formulas and papers stand in `sampled_methods.py`.
         n_samples, stdevs, random_seed: of the first three and of expected-gradients, by default 50, '15%' and 0: how
             many points; the width of the noise, a share of the range of each sample, or absolute as a number; the seed,
             of which alone the noise depends, not on the batch.
