@@ -16,7 +16,8 @@ from onnxgbp.methods import METHODS, parse_method, parse_methods, sampling_optio
 from onnxgbp.model import load
 from onnxgbp.rules import RULES, parse_activations, parse_rule, parse_rules
 from onnxgbp.scale import parse_seed_scale
-from onnxgbp.target import SEEDS, parse_channels, parse_class, parse_target, parse_unit
+from onnxgbp.seed import SEEDS
+from onnxgbp.target import parse_channels, parse_class, parse_target, parse_unit
 from onnxgbp.views import REDUCTIONS, VIEWS
 
 __all__ = ["main"]

@@ -19,6 +19,7 @@ from onnxgbp.activations import Activation
 from onnxgbp.differentiate import differentiate, refuse_missing
 from onnxgbp.emit import PRIVATE, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
+from onnxgbp.explained import Explained, explained_tensor, stripped_text
 from onnxgbp.external import copy_beside
 from onnxgbp.graph_methods import Sweeps, find_layer
 from onnxgbp.inputs import attributed, integer_ranges
@@ -29,20 +30,9 @@ from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
 from onnxgbp.recognise import recognise
 from onnxgbp.rules import Choice, Measure, audit, choose, depths, install, listed, parse_activations, parse_rules
 from onnxgbp.scale import computes_in_float16, parse_seed_scale, scaled
+from onnxgbp.seed import Seed, make_seed, parse_seed
 from onnxgbp.stream import is_large, stream
-from onnxgbp.target import (
-    Explained,
-    Seed,
-    classes_of,
-    explained_tensor,
-    make_seed,
-    parse_seed,
-    parse_target,
-    parse_unit,
-    resolve_target,
-    stripped_text,
-    unit_text,
-)
+from onnxgbp.target import classes_of, parse_target, parse_unit, resolve_target, unit_text
 from onnxgbp.views import View, add_views
 
 _NO_VIEW = View()

@@ -18,7 +18,7 @@ from onnxgbp.branches import captured
 from onnxgbp.differentiate import find_path
 from onnxgbp.emit import Emit, dims_of, is_float
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
-from onnxgbp.target import Explained, find_tensor
+from onnxgbp.explained import Explained, find_tensor
 from onnxgbp.views import channel_axis
 from onnxgbp.vjps import FAMILIES
 

@@ -15,7 +15,7 @@ from onnxgbp.constants import constant_value
 from onnxgbp.differentiate import find_path
 from onnxgbp.emit import dims_of, is_float
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.target import find_tensor
+from onnxgbp.explained import find_tensor
 
 __all__ = ["Attributed", "attributed", "integer_ranges"]
 

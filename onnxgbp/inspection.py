@@ -20,6 +20,7 @@ from onnxgbp.differentiate import Path as Nodes
 from onnxgbp.differentiate import find_path, missing_rules
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.explained import Explained, explained_tensor, stripped_text
 from onnxgbp.graph_methods import find_layer
 from onnxgbp.inputs import Attributed, attributed
 from onnxgbp.methods import find_method, rule_of
@@ -27,7 +28,7 @@ from onnxgbp.model import METADATA, OLDEST_OPSET, Source, load
 from onnxgbp.recognise import recognise
 from onnxgbp.rules import Choice, audit, choose, depths, parse_activations, parse_rules
 from onnxgbp.step import label
-from onnxgbp.target import Explained, explained_tensor, parse_unit, stripped_text, unit_text
+from onnxgbp.target import parse_unit, unit_text
 from onnxgbp.vjps import FAMILIES, REFUSED, ZERO_GRADIENT, Entry
 
 __all__ = ["Inspection", "aligned", "inspect_model", "operator_markdown", "operator_table", "operator_text"]

@@ -28,6 +28,7 @@ from onnxgbp.data import Batch, batches
 from onnxgbp.emit import Dims, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explain import MANIFEST, json_numbers, make_folder, shown
+from onnxgbp.explained import find_tensor
 from onnxgbp.field import FieldFinder, Spans
 from onnxgbp.files import output_file, write
 from onnxgbp.images import Preprocessing, in_type, photos_in, read
@@ -35,7 +36,8 @@ from onnxgbp.lower import prune
 from onnxgbp.model import METADATA, Source, load, to_proto
 from onnxgbp.render import PERCENTILE, Picture, signed_picture
 from onnxgbp.runtime import InputSpec, open_session, provider_of
-from onnxgbp.target import Channels, find_tensor, parse_channels, parse_seed
+from onnxgbp.seed import parse_seed
+from onnxgbp.target import Channels, parse_channels
 
 __all__ = ["picture_neurons"]
 

@@ -63,7 +63,7 @@ _DTYPES = {
     "tensor(bool)": np.bool_,
     "tensor(string)": np.object_,
 }
-# What an output may have passed through between the explained tensor and its own name; see `target.py`.
+# What an output may have passed through between the explained tensor and its own name; see `explained.py`.
 _BEHIND_SCORES = frozenset(
     {"Softmax", "LogSoftmax", "Sigmoid", "Identity", "Cast", "Reshape", "Squeeze", "Flatten", "ZipMap"}
 )

@@ -20,11 +20,11 @@ from onnxgbp.compare import extract
 from onnxgbp.differentiate import find_path
 from onnxgbp.emit import is_float
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.explained import explained_tensor
 from onnxgbp.inputs import attributed
 from onnxgbp.model import METADATA, Source, to_proto
 from onnxgbp.runtime import open_session
 from onnxgbp.step import label
-from onnxgbp.target import explained_tensor
 
 __all__ = ["Layer", "Opened", "open_weights", "random_weights"]
 
