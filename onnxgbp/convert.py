@@ -6,8 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,29 @@ import onnx_ir as ir
 from onnxgbp import training
 from onnxgbp.activations import Activation
 from onnxgbp.differentiate import differentiate, refuse_missing
-from onnxgbp.emit import PRIVATE, Emit, dims_of
+from onnxgbp.emit import PRIVATE, Emit
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
-from onnxgbp.explained import Explained, explained_tensor, stripped_text
+from onnxgbp.explained import Explained, explained_tensor
 from onnxgbp.external import copy_beside
 from onnxgbp.graph_methods import Sweeps, find_layer
 from onnxgbp.inputs import attributed, integer_ranges
 from onnxgbp.labels import labels_of
 from onnxgbp.lower import PROFILES, lower, merge_equal, prune
+from onnxgbp.metadata import already_converted, audited, describe, first_matches, place_options
 from onnxgbp.methods import METHODS, Method, find_method, parse_methods, refuse_sampled, rule_of
 from onnxgbp.model import METADATA, ModelLike, Source, load, raised, to_proto
 from onnxgbp.recognise import recognise
-from onnxgbp.rules import Choice, Measure, audit, choose, depths, install, listed, parse_activations, parse_rules
+from onnxgbp.results import add_results, declare_as_source, join_outputs, name_sweeps, result_names, stacked
+from onnxgbp.rules import Choice, Measure, Rules, choose, depths, install, listed, parse_activations, parse_rules
 from onnxgbp.scale import computes_in_float16, parse_seed_scale, scaled
-from onnxgbp.seed import Seed, make_seed, parse_seed
-from onnxgbp.stream import is_large, stream
-from onnxgbp.target import classes_of, parse_target, parse_unit, resolve_target, unit_text
+from onnxgbp.seed import make_seed, parse_seed
+from onnxgbp.stream import is_large, large_last, stream
+from onnxgbp.target import classes_of, parse_target, parse_unit, resolve_target
 from onnxgbp.views import View, add_views
 
 _NO_VIEW = View()
 
-__all__ = ["BUILDERS", "GradientGraph", "Rules", "convert", "describe", "fixed_scale", "result_names"]
-
-Rules = str | Iterable[str | tuple[str, str]]
+__all__ = ["BUILDERS", "GradientGraph", "convert", "fixed_scale"]
 
 # What writes the gradient of the explained tensor.
 BUILDERS = {"onnxgbp": differentiate, training.NAME: training.differentiate_by_training}
@@ -171,7 +170,7 @@ class GradientGraph:
         Of the methods it counts here only what they make of a map, not their rules.
         """
         if METADATA + "method" in source.model.metadata_props:
-            raise OnnxgbpError(_already_converted(source))
+            raise OnnxgbpError(already_converted(source))
         names, kinds = listed(wrt, "wrt"), parse_methods("gradient", methods)
         refuse_sampled(kinds)
         for option, name in [("output", output), ("layer", layer), *(("wrt", name) for name in names)]:
@@ -228,40 +227,15 @@ class GradientGraph:
             for one, unscaled in zip(seeds, seed.seeds, strict=True):
                 own, plain = sweep(number, one), sweep(len(methods), unscaled)  # the last of the sweeps stays plain
                 each.append(write(Sweeps(op, inputs, layer, source.model.metadata_props, own, plain)))
-            results.append([(_stacked(op, maps, seed), maps[0].shape) for maps in zip(*each, strict=True)])
-        graph.extend(op.take())
-        for number, result in enumerate(results):
-            for value, (attribution, dims) in zip(inputs, result, strict=True):
-                name = f"attribution_{value.name}" if len(inputs) > 1 else "attribution"
-                name = f"{_SWEEP}{number}_{name}" if len(results) > 1 else name
-                _output(op, name, attribution, _with_classes(_declared(value, dims), seed))
-        batch = (dims_of(explained.tensor) or (1,))[:1]
-        shape = ir.Shape([dim if _named(dim) else None for dim in batch])
-        _output(op, "attribution_target", seed.target, _with_classes(shape, seed))
+            results.append([(stacked(op, maps, seed), maps[0].shape) for maps in zip(*each, strict=True)])
+        add_results(op, inputs, results, explained.tensor, seed)
         marks = [node for node in graph.all_nodes() if node.op_type == "Activation" and node.domain == PRIVATE]
         marked = [node.meta["activation"] for node in marks]
         passed = [
             frozenset(node.meta["activation"].y.name or "" for node in marks if node.meta["sweep"] == number)
             for number in range(len(methods))
         ]
-        options = {
-            "target": str(target),
-            "explained": explained.tensor.name or "",
-            "seed": arguments["seed"],
-            "wrt": json.dumps([value.name for value in inputs]),
-        }
-        if arguments["unit"] is not None:
-            options["unit"] = unit_text(arguments["unit"])
-        if explained.stripped:
-            options["stripped"] = stripped_text(explained)
-        if arguments["builder"] != "onnxgbp":
-            options["builder"] = training.version()
-        if layer is not None:
-            options["layer"] = layer.name or ""
-        if arguments["seed_scale"] != 1.0:
-            options["seed_scale"] = str(arguments["seed_scale"])
-        if chosen.note:
-            options["attributed"] = chosen.note
+        options = place_options(arguments | {"target": target}, explained, inputs, layer, chosen.note)
         order = [activation for activation in found.values() if activation in marked]
         order += [activation for activation in marked if activation.node not in found]  # in the bodies of control flow
         return cls(source, model, tuple(order), tuple(passed), depths(graph, order), explained, options, arguments)
@@ -356,7 +330,7 @@ class GradientGraph:
         choices = [self.choices(method=method, rule=rules, activations=activations) for method in methods]
         model = self.model.clone()
         op = Emit(model.graph)
-        _name_sweeps(op, methods)
+        name_sweeps(op, methods)
         try:
             names = list(result_names(methods, json.loads(self.options["wrt"])))
             found = install(op, [*choices, self.choices(method="gradient")], measure=measure)
@@ -371,18 +345,18 @@ class GradientGraph:
             return again._finished(methods, rules, activations, profile, view, measure=measure)
         merge_equal(model.graph)
         prune(model.graph)
-        _join_outputs(model.graph)
-        _plain(model.graph)
-        _large_last(model.graph)
+        join_outputs(model.graph)
+        declare_as_source(model.graph)
+        large_last(model.graph)
         options = (
             self.options
             | view.metadata()
             | {
                 "activations": activations if isinstance(activations, str) else ",".join(activations),
-                "audit": json.dumps(_audited(methods, choices, self.passed), ensure_ascii=False),
+                "audit": json.dumps(audited(methods, choices, self.passed), ensure_ascii=False),
                 "method": ",".join(methods),
                 "profile": profile,
-                "rules": json.dumps([f"{pattern}={name}" for pattern, name in _rules(methods, rules)]),
+                "rules": json.dumps([f"{pattern}={name}" for pattern, name in first_matches(methods, rules)]),
                 "sha256": self.source.sha256,
                 "version": importlib.metadata.version("onnxgbp"),
             }
@@ -403,46 +377,6 @@ def _measure(op: Emit, found: dict[str, ir.Value], measure: Measure, maps: Seque
     op.graph.outputs[:] = found.values() or op.graph.outputs
 
 
-# How the outputs are called until a rendering says which method each of several sweeps is for.
-_SWEEP = "onnxgbp/sweep_"
-
-
-def _name_sweeps(op: Emit, methods: Sequence[str]) -> None:
-    """`attribution_<method>`, or `attribution_<method>_<name>`, with `_` for what is no part of an identifier."""
-    for value in op.graph.outputs:
-        if (value.name or "").startswith(_SWEEP):
-            sweep, _, rest = (value.name or "").removeprefix(_SWEEP).partition("_attribution")
-            value.name = op.claim(f"attribution_{_slug(methods[int(sweep)])}{rest}")
-
-
-def _slug(method: str) -> str:
-    return re.sub(r"[^0-9A-Za-z-]", "_", method)
-
-
-def result_names(methods: Sequence[str], wrt: Sequence[str]) -> dict[str, str]:
-    """The outputs that a conversion adds before `attribution_target`, and the tensor that each attributes to."""
-    firsts = [f"attribution_{_slug(method)}" for method in methods] if len(methods) > 1 else ["attribution"]
-    return {f"{first}_{name}" if len(wrt) > 1 else first: name for first in firsts for name in wrt}
-
-
-def _rules(methods: Sequence[str], rules: Rules) -> list[tuple[str, str]]:
-    """The first-match list, of which the last line is the method, or the methods."""
-    return [*parse_rules(rule_of(methods[0]), rules)[:-1], ("*", ",".join(methods))]
-
-
-def _audited(
-    methods: Sequence[str], choices: Sequence[dict[str, Choice]], passed: Sequence[frozenset[str]]
-) -> list[dict[str, Any]]:
-    """The audit as the metadata keeps it: without what is empty; a row names its method if there are several."""
-    rows = []
-    for method, chosen, own in zip(methods, choices, passed, strict=True):
-        named = {"method": method} if len(methods) > 1 else {}
-        for row in audit(choice for y, choice in chosen.items() if y in own):
-            del row["input"], row["output"]  # they follow from the node
-            rows.append(named | {name: value for name, value in row.items() if value})
-    return rows
-
-
 def _layer(
     graph: ir.Graph,
     explained: Explained,
@@ -461,102 +395,3 @@ def _layer(
         names = ", ".join(f"'{value.name}'" for value in inputs)
         raise OnnxgbpError(f"{methods[0]} is of one tensor, and these would be attributed to: {names}; choose by --wrt")
     return find_layer(graph, explained, inputs, found, arguments["layer"])
-
-
-def _declared(value: ir.Value, dims: ir.Shape | None) -> ir.Shape | None:
-    """The shape of a map: what the source declares of the tensor that it has the shape of, else what is known."""
-    if dims is None or dims == value.shape:
-        declared: ir.Shape | None = value.meta.get("declared", (None, value.shape))[1]
-        return declared
-    sizes = [dim if isinstance(dim, int) else dim.value for dim in dims]
-    return ir.Shape([size if _named(size) else None for size in sizes])
-
-
-def _stacked(op: Emit, gradients: Sequence[ir.Value], seed: Seed) -> ir.Value:
-    """The gradients of K classes as one tensor [N, K, ...]."""
-    if seed.count is None:
-        return gradients[0]
-    op.scope = "onnxgbp"
-    rows = [op.Unsqueeze(gradient, axes=[1]) for gradient in gradients]
-    return op.Concat(*rows, axis=1)
-
-
-def _with_classes(shape: ir.Shape | None, seed: Seed) -> ir.Shape | None:
-    if seed.count is None or shape is None:
-        return shape
-    return ir.Shape([*shape.dims[:1], seed.count, *shape.dims[1:]])
-
-
-def _already_converted(source: Source) -> str:
-    """What such a file holds, and the way out."""
-    said = {name: source.model.metadata_props.get(METADATA + name, "?") for name in ("explained", "target", "sha256")}
-    method = source.model.metadata_props[METADATA + "method"]
-    unit = source.model.metadata_props.get(METADATA + "unit")
-    aim = f"unit {unit}" if unit is not None else f"target {said['target']}"
-    return (
-        f"{source.name} is already converted: it holds {method} of '{said['explained']}' ({aim}); convert the model "
-        f"that it was made from (its sha256 is {said['sha256'][:12]}...), or run this one as it is"
-    )
-
-
-def describe(converted: onnx.ModelProto) -> str:
-    """One line on what a converted file explains, from its own metadata."""
-    said = {entry.key.removeprefix(METADATA): entry.value for entry in converted.metadata_props}
-    wrt = ", ".join(f"'{name}'" for name in json.loads(said["wrt"]))
-    unit = f"unit {said['unit']}" if "unit" in said else f"target {said['target']}"
-    behind = f", {said['stripped']}" if "stripped" in said else ""
-    behind += f"; {said['attributed']}" if "attributed" in said else ""
-    others = [rule for rule in json.loads(said["rules"]) if rule != f"*={said['method']}"]
-    mixed = f", with {', '.join(others)}," if others else ""
-    mixed += f" at '{said['layer']}'" if "layer" in said else ""
-    scale = f", times {said['seed_scale'].removesuffix('.0')}" if "seed_scale" in said else ""
-    return f"{said['method']}{mixed} of '{said['explained']}' ({unit}) with respect to {wrt}{scale}{behind}"
-
-
-def _large_last(graph: ir.Graph) -> None:
-    """Orders the weights as `save` streams them, so that both ways of writing give the same bytes."""
-    for name, value in [item for item in graph.initializers.items() if is_large(item[1].const_value)]:
-        del graph.initializers[name]
-        graph.initializers[name] = value
-
-
-def _named(dim: int | str | None) -> bool:
-    """Whether a dim is a size or a symbol of the source's, not one that shape inference made up."""
-    return isinstance(dim, int) or (dim is not None and dim.isidentifier() and not dim.startswith("free_"))
-
-
-def _output(op: Emit, name: str, value: ir.Value, shape: ir.Shape | None) -> None:
-    """Adds a graph output, through an Identity: which tensor stands behind it shows only after the rules."""
-    op.scope = "onnxgbp"
-    result = op.Identity(value)
-    result.name, result.shape = op.claim(name), shape
-    op.graph.extend(op.take())
-    op.graph.outputs.append(result)
-
-
-def _join_outputs(graph: ir.Graph) -> None:
-    """Drops the Identity before an output of ours where the node behind it can carry the output's name itself."""
-    for node in list(graph):
-        made, source = node.outputs[0], node.inputs[0] if node.inputs else None
-        if node.meta.get("forward") or node.op_type != "Identity" or source is None or not made.is_graph_output():
-            continue
-        maker = source.producer()
-        if maker is None or maker.meta.get("forward") or source.is_graph_output():
-            continue
-        name = made.name
-        made.name = None
-        made.replace_all_uses_with(source, replace_graph_outputs=True)
-        source.name, source.type, source.shape = name, made.type, made.shape
-        graph.remove(node, safe=True)
-
-
-def _plain(graph: ir.Graph) -> None:
-    """What the source said of its inputs and outputs stands again. Inner tensors go unsaid: any reader infers them."""
-    assert not any(node.domain == PRIVATE for node in graph), "a private call survived lowering"
-    ends = {*graph.inputs, *graph.outputs}
-    for value in (*graph.initializers.values(), *(v for node in graph for v in node.outputs)):
-        if value not in ends:
-            value.type = value.shape = None
-    for value in (*graph.inputs, *graph.outputs):
-        if "declared" in value.meta:
-            value.type, value.shape = value.meta["declared"]

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxgbp.activations import ACTIVATIONS, Activation
-from onnxgbp.convert import GradientGraph, Rules, fixed_scale, result_names
+from onnxgbp.convert import GradientGraph, fixed_scale
 from onnxgbp.data import Batch, batches, inputs_of
 from onnxgbp.emit import Emit, dims_of, is_float
 from onnxgbp.energy import runnable
@@ -30,7 +30,8 @@ from onnxgbp.files import output_file, write
 from onnxgbp.inspection import aligned
 from onnxgbp.model import load, raised
 from onnxgbp.recognise import recognise
-from onnxgbp.rules import Edge, Measure, audit, parse_rule, parse_rules
+from onnxgbp.results import result_names
+from onnxgbp.rules import Edge, Measure, Rules, audit, parse_rule, parse_rules
 from onnxgbp.step import label
 from onnxgbp.target import parse_class
 from onnxgbp.trial import session

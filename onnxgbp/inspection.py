@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from onnxgbp.activations import ACTIVATIONS, NOT_MONOTONE, RELU_KINDS, Activation
 from onnxgbp.branches import captured
-from onnxgbp.convert import GradientGraph, Rules, describe
+from onnxgbp.convert import GradientGraph
 from onnxgbp.differentiate import Path as Nodes
 from onnxgbp.differentiate import find_path, missing_rules
 from onnxgbp.emit import dims_of
@@ -23,10 +23,11 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explained import Explained, explained_tensor, stripped_text
 from onnxgbp.graph_methods import find_layer
 from onnxgbp.inputs import Attributed, attributed
+from onnxgbp.metadata import describe
 from onnxgbp.methods import find_method, rule_of
 from onnxgbp.model import METADATA, OLDEST_OPSET, Source, load
 from onnxgbp.recognise import recognise
-from onnxgbp.rules import Choice, audit, choose, depths, parse_activations, parse_rules
+from onnxgbp.rules import Choice, Rules, audit, choose, depths, parse_activations, parse_rules
 from onnxgbp.step import label
 from onnxgbp.target import parse_unit, unit_text
 from onnxgbp.vjps import FAMILIES, REFUSED, ZERO_GRADIENT, Entry

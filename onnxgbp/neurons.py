@@ -23,7 +23,7 @@ import onnx
 from PIL import Image
 
 from onnxgbp.compare import first_line
-from onnxgbp.convert import GradientGraph, Rules
+from onnxgbp.convert import GradientGraph
 from onnxgbp.data import Batch, batches
 from onnxgbp.emit import Dims, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError
@@ -35,6 +35,7 @@ from onnxgbp.images import Preprocessing, in_type, photos_in, read
 from onnxgbp.lower import prune
 from onnxgbp.model import METADATA, Source, load, to_proto
 from onnxgbp.render import PERCENTILE, Picture, signed_picture
+from onnxgbp.rules import Rules
 from onnxgbp.runtime import InputSpec, open_session, provider_of
 from onnxgbp.seed import parse_seed
 from onnxgbp.target import Channels, parse_channels

@@ -38,6 +38,7 @@ __all__ = [
     "Edge",
     "Measure",
     "Rule",
+    "Rules",
     "audit",
     "choose",
     "depths",
@@ -47,6 +48,9 @@ __all__ = [
     "parse_rule",
     "parse_rules",
 ]
+
+Rules: TypeAlias = "str | Iterable[str | tuple[str, str]]"
+"""What `parse_rules` takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +202,7 @@ def parse_rule(rule: str) -> str:
     return name
 
 
-def parse_rules(last: str, rules: str | Iterable[str | tuple[str, str]]) -> list[tuple[str, str]]:
+def parse_rules(last: str, rules: Rules) -> list[tuple[str, str]]:
     """First-match list of (pattern, rule), of which ('*', last) is the last.
 
     A pattern is a glob over the names of nodes, or `type:GLOB` over operators and kinds of activations, or `depth:<5`

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from onnxgbp.convert import GradientGraph, Rules, result_names
+from onnxgbp.convert import GradientGraph
 from onnxgbp.diagnose import first_not_finite, why_blank
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
@@ -35,7 +35,8 @@ from onnxgbp.methods import (
     sampling_text,
 )
 from onnxgbp.model import METADATA, ModelLike, Source, load
-from onnxgbp.rules import listed, parse_rules
+from onnxgbp.results import result_names
+from onnxgbp.rules import Rules, listed, parse_rules
 from onnxgbp.sampled_methods import At, Sample
 from onnxgbp.scale import Census, computes_in_float16, fit, lost, parse_seed_scale, start
 from onnxgbp.target import classes_of, parse_unit, unit_text

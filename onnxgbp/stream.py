@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from onnxgbp.files import output_file
 
-__all__ = ["LARGE", "is_large", "stream"]
+__all__ = ["LARGE", "is_large", "large_last", "stream"]
 
 LARGE = 1 << 20  # bytes; a smaller weight costs nothing
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9  # field numbers in ModelProto, GraphProto and TensorProto
@@ -82,3 +82,10 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+def large_last(graph: ir.Graph) -> None:
+    """Orders the weights as `stream` leaves them, so that both ways of writing give the same bytes."""
+    for name, value in [item for item in graph.initializers.items() if is_large(item[1].const_value)]:
+        del graph.initializers[name]
+        graph.initializers[name] = value

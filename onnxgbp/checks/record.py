@@ -7,8 +7,9 @@ import json
 
 import onnx
 
-from onnxgbp.convert import convert, result_names
+from onnxgbp.convert import convert
 from onnxgbp.methods import find_method
+from onnxgbp.results import result_names
 from onnxgbp.target import classes_of
 from onnxgbp.views import View
 
