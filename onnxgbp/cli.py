@@ -610,7 +610,7 @@ def faithfulness(model: Path, as_json: bool, **options: Any) -> None:
 @_json
 def ops(as_json: bool) -> None:
     """Lists the operators: what is differentiated, which are activations, whose gradient is zero."""
-    from onnxgbp.inspection import operator_table, operator_text
+    from onnxgbp.operators import operator_table, operator_text
 
     click.echo(json.dumps(operator_table(), indent=2) if as_json else operator_text())
 

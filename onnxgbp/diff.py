@@ -18,6 +18,7 @@ from onnxgbp.compare import angle, divergence, median_error, rank_correlation, s
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.model import METADATA
 from onnxgbp.pair import Pair, Result
+from onnxgbp.report import json_numbers
 from onnxgbp.runtime import Explainer
 
 __all__ = ["Difference", "MapRow", "SampleRow", "Thresholds", "diff_models"]
@@ -129,7 +130,7 @@ class Difference:
         """For JSON; a figure that is not finite becomes null."""
         rows = [dataclasses.asdict(row) for row in self.rows]
         said = {"passed": self.passed, "missed": list(self.missed), "summary": self.summary(), "samples": rows}
-        found: dict[str, Any] = _finite({"a": self.a, "b": self.b, "notes": list(self.notes), **said})
+        found: dict[str, Any] = json_numbers({"a": self.a, "b": self.b, "notes": list(self.notes), **said})
         return found
 
     def to_text(self) -> str:
@@ -332,12 +333,3 @@ def _by_map(rows: Sequence[SampleRow], what: str, asked: float, missed: Mapping[
 def _line(what: str, samples: Sequence[str], count: int) -> str:
     more = f" and {len(samples) - _NAMED} more" if len(samples) > _NAMED else ""
     return f"{what} in {len(samples)} of {count} samples: {', '.join(samples[:_NAMED])}{more}"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from onnxgbp.labels import labels_of
 from onnxgbp.methods import sampling_text
 from onnxgbp.model import METADATA
 from onnxgbp.render import PERCENTILE, overlay, signed_picture
+from onnxgbp.report import json_numbers
 from onnxgbp.runtime import Explainer, Explanation
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "axes_of",
     "baseline_of",
     "explain_images",
-    "json_numbers",
     "make_folder",
     "options_of",
     "shown",
@@ -376,12 +375,3 @@ def _lines(path: Path, entry: dict[str, Any]) -> Iterator[str]:
         yield f"  completeness gap: {entry['completeness_gap']:.4g}"
     if entry["warning"]:
         yield f"  warning: {entry['warning']}"
-
-
-def json_numbers(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
-    if isinstance(value, dict):
-        return {key: json_numbers(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_numbers(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -29,13 +29,13 @@ from onnxgbp.compare import extract, first_line, softmax
 from onnxgbp.curves import Panel, require_plots, save_curves
 from onnxgbp.data import Batch, batches
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.explain import json_numbers
 from onnxgbp.explained import explained_tensor
 from onnxgbp.files import result_folder, write
 from onnxgbp.images import Preprocessing, read
 from onnxgbp.inputs import attributed
 from onnxgbp.maps import channel_axis, edges, smoothed, without_channels
 from onnxgbp.model import METADATA, Source, load, to_proto
+from onnxgbp.report import json_numbers
 from onnxgbp.runtime import Explainer, InputSpec, open_session
 from onnxgbp.sanity import split_methods
 

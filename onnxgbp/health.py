@@ -25,11 +25,10 @@ from onnxgbp.data import Batch, batches, inputs_of
 from onnxgbp.emit import Emit, dims_of, is_float
 from onnxgbp.energy import runnable
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.explain import json_numbers
 from onnxgbp.files import output_file, write
-from onnxgbp.inspection import aligned
 from onnxgbp.model import load, raised
 from onnxgbp.recognise import recognise
+from onnxgbp.report import Findings, aligned, json_numbers
 from onnxgbp.results import result_names
 from onnxgbp.rules import Edge, Measure, Rules, audit, parse_rule, parse_rules
 from onnxgbp.step import label
@@ -37,7 +36,7 @@ from onnxgbp.target import parse_class
 from onnxgbp.trial import session
 from onnxgbp.verdict import counted, verdict
 
-__all__ = ["Health", "model_health", "steepest"]
+__all__ = ["model_health", "steepest"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -65,38 +64,6 @@ _STEEPEST: dict[str, Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Health:
-    """The findings, as `to_dict` gives them: plain values, ready for JSON."""
-
-    findings: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.findings
-
-    def to_text(self) -> str:
-        found = self.findings
-        lines = [
-            f"{found['file']}: {counted(found['samples'], 'sample')}, {found['method']} of '{found['explained']}' "
-            f"(target {found['target']})"
-        ]
-        if found["activations"]:
-            head = (
-                "activation",
-                "kind",
-                "units",
-                "dead",
-                "always",
-                "saturated",
-                "mean y",
-                "std y",
-                "rms dy",
-                "to last",
-            )
-            lines += ["", *aligned([head, *map(_cells, found["activations"])])]
-        return "\n".join([*lines, "", *(f"- {said['text']}" for said in found["verdict"])])
-
-
 def model_health(
     model: str | Path,
     data: str | Path,
@@ -112,7 +79,7 @@ def model_health(
     activations: str | Sequence[str] = "all",
     limit: int = 1000,
     threshold: float = 0.01,
-) -> Health:
+) -> Findings:
     """Measures every activation y = f(x) of a model over data, and the gradient dy that arrives at it.
 
     A unit is a channel of a feature map, over all of its positions, a feature of [N, F], or the last axis of what a
@@ -200,10 +167,10 @@ def model_health(
         "not_reached": [label(node) for node in recognise(graph.source.model.graph) if label(node) not in reached],
     }
     findings = json_numbers(findings)
-    report = Health(findings | {"verdict": list(verdict(findings))})
+    findings |= {"verdict": list(verdict(findings))}
     if folder is not None:
-        folder.write(report)
-    return report
+        folder.write(findings)
+    return Findings(findings, _text(findings))
 
 
 class _Reader:
@@ -551,6 +518,19 @@ def _ratio(a: float, b: float) -> float | None:
 # --- what is shown --------------------------------------------------------------------------------
 
 
+def _text(found: Mapping[str, Any]) -> str:
+    lines = [
+        f"{found['file']}: {counted(found['samples'], 'sample')}, {found['method']} of '{found['explained']}' "
+        f"(target {found['target']})"
+    ]
+    if found["activations"]:
+        lines += ["", *aligned([_HEADINGS, *map(_cells, found["activations"])])]
+    return "\n".join([*lines, "", *(f"- {said['text']}" for said in found["verdict"])])
+
+
+_HEADINGS = ("activation", "kind", "units", "dead", "always", "saturated", "mean y", "std y", "rms dy", "to last")
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
     if not row["measured"]:
         return [f"  {row['node']}", row["kind"], "not measured", *[""] * 7]
@@ -596,14 +576,12 @@ class _Folder:
             pass
         (self._path / f"{_REPORT}.tmp").unlink(missing_ok=True)
 
-    def write(self, report: Health) -> None:
+    def write(self, findings: Mapping[str, Any]) -> None:
         from onnxgbp.plots import gradient_chart, histogram_grid  # matplotlib: only here
 
-        for name, figure in zip(
-            _PLOTS, (histogram_grid(report.findings), gradient_chart(report.findings)), strict=True
-        ):
+        for name, figure in zip(_PLOTS, (histogram_grid(findings), gradient_chart(findings)), strict=True):
             if figure is not None:
                 with output_file(self._path / name) as aside:
                     figure.savefig(aside, format="png")
-        text = json.dumps(report.findings, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(findings, indent=2, ensure_ascii=False, allow_nan=False)
         write(self._path / _REPORT, (text + "\n").encode())

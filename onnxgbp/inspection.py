@@ -1,10 +1,8 @@
-"""What can be said of a model without running it, and the table of operators."""
+"""What can be said of a model without running it."""
 
 from __future__ import annotations
 
 import collections
-import dataclasses
-import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxgbp.activations import ACTIVATIONS, NOT_MONOTONE, RELU_KINDS, Activation
+from onnxgbp.activations import RELU_KINDS, Activation
 from onnxgbp.branches import captured
 from onnxgbp.convert import GradientGraph
 from onnxgbp.differentiate import Path as Nodes
@@ -25,38 +23,16 @@ from onnxgbp.graph_methods import find_layer
 from onnxgbp.inputs import Attributed, attributed
 from onnxgbp.metadata import describe
 from onnxgbp.methods import find_method, rule_of
-from onnxgbp.model import METADATA, OLDEST_OPSET, Source, load
+from onnxgbp.model import METADATA, Source, load
 from onnxgbp.recognise import recognise
+from onnxgbp.report import Findings, aligned
 from onnxgbp.rules import Choice, Rules, audit, choose, depths, parse_activations, parse_rules
 from onnxgbp.step import label
 from onnxgbp.target import parse_unit, unit_text
-from onnxgbp.vjps import FAMILIES, REFUSED, ZERO_GRADIENT, Entry
 
-__all__ = ["Inspection", "aligned", "inspect_model", "operator_markdown", "operator_table", "operator_text"]
+__all__ = ["inspect_model"]
 
 _MANY = 5  # names of nodes that a line of text shows; JSON has them all
-
-
-@dataclasses.dataclass(frozen=True)
-class Inspection:
-    """The findings, as `to_dict` gives them: plain values, ready for JSON."""
-
-    findings: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.findings
-
-    def to_text(self) -> str:
-        found = self.findings
-        lines = [
-            f"{found['file']}: opset {found['opset']}, IR {found['ir_version']}, sha256 {found['sha256'][:12]}...",
-            *(f"input      {_value_text(value)}" for value in found["inputs"]),
-            *(f"output     {_value_text(value)}" for value in found["outputs"]),
-        ]
-        counts = ", ".join(f"{count} {name}" for name, count in found["operators"].items())
-        lines.append(f"operators  {counts}")
-        lines += _converted_text(found) if found["converted"] else _source_text(found)
-        return "\n".join(lines)
 
 
 def inspect_model(
@@ -74,7 +50,7 @@ def inspect_model(
     profile: str = "ort",
     data: str | Path | None = None,
     limit: int = 100,
-) -> Inspection:
+) -> Findings:
     """Says what `convert` would do with a model under the same options, or what an already converted file holds.
 
     A model that cannot be converted is no error: what stands in the way is listed under `obstacles` and `missing`.
@@ -88,7 +64,7 @@ def inspect_model(
     proto = onnx.load(model, load_external_data=False)
     facts = {"file": str(model), "sha256": source.sha256} | _file_facts(proto)
     if METADATA + "method" in source.model.metadata_props:
-        return Inspection(facts | {"converted": True} | _converted_facts(proto))
+        return _reported(facts | {"converted": True} | _converted_facts(proto))
     options: dict[str, Any] = {
         "method": method,
         "rule": [rule] if isinstance(rule, str) else list(rule),
@@ -113,7 +89,7 @@ def inspect_model(
         "unit": None if parsed is None else unit_text(parsed),
         "seed": seed,
     }
-    return Inspection(facts | {"converted": False} | asked | found)
+    return _reported(facts | {"converted": False} | asked | found)
 
 
 def _measured(
@@ -291,6 +267,18 @@ def _raised(proto: onnx.ModelProto, made: onnx.ModelProto) -> list[str]:
     return [f"the converted file has opset {after}, which its gradient needs"] if after > before else []
 
 
+def _reported(found: dict[str, Any]) -> Findings:
+    lines = [
+        f"{found['file']}: opset {found['opset']}, IR {found['ir_version']}, sha256 {found['sha256'][:12]}...",
+        *(f"input      {_value_text(value)}" for value in found["inputs"]),
+        *(f"output     {_value_text(value)}" for value in found["outputs"]),
+    ]
+    counts = ", ".join(f"{count} {name}" for name, count in found["operators"].items())
+    lines.append(f"operators  {counts}")
+    lines += _converted_text(found) if found["converted"] else _source_text(found)
+    return Findings(found, "\n".join(lines))
+
+
 def _value_text(value: Mapping[str, Any]) -> str:
     shape = (
         "of unknown shape" if value["shape"] is None else f"[{', '.join(str(dim or '?') for dim in value['shape'])}]"
@@ -342,98 +330,3 @@ def _energy_text(energy: Mapping[str, float | None] | None) -> str:
     if energy["x_gate"] is None:
         return "no gradient arrives"
     return f"x-gate {energy['x_gate']:.0%}, dy-gate {energy['dy_gate']:.0%}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def operator_table() -> list[dict[str, Any]]:
-    """What is known of each operator: one row each, sorted by family as the tables are.
-
-    A row holds operator, domain, family, opsets (from the first to the last version of its definition, none before
-    7; empty for what is no operator), differentiated (the names of its inputs that have a gradient), note.
-    """
-    rows = [
-        _operator_row(operator, family, _differentiated(operator, entry), "")
-        for family, entries in FAMILIES.items()
-        for operator, entry in sorted(entries.items())
-    ]
-    for kind in ACTIVATIONS:
-        known = _versions(kind, "")
-        inputs = [known[-1].inputs[0].name] if known else ["x"]
-        rows.append(_operator_row(kind, "activation", inputs, _activation_note(kind, bool(known))))
-    zero = "piecewise constant, or no function of the values: its gradient is zero"
-    rows += [_operator_row(operator, "zero gradient", [], zero) for operator in sorted(ZERO_GRADIENT)]
-    return rows + [_operator_row(operator, "refused", [], why) for operator, why in sorted(REFUSED.items())]
-
-
-def _operator_row(operator: str, family: str, differentiated: list[str], note: str) -> dict[str, Any]:
-    domain, _, name = operator.rpartition("::")
-    versions = sorted({max(schema.since_version, 1 if domain else OLDEST_OPSET) for schema in _versions(name, domain)})
-    opsets = "-".join(map(str, dict.fromkeys((versions[0], versions[-1])))) if versions else ""
-    return {
-        "operator": name,
-        "domain": domain or "ai.onnx",
-        "family": family,
-        "opsets": opsets,
-        "differentiated": differentiated,
-        "note": note,
-    }
-
-
-def _differentiated(operator: str, entry: Entry) -> list[str]:
-    domain, _, name = operator.rpartition("::")
-    schemas = _versions(name, domain)
-    names = [formal.name for formal in schemas[-1].inputs] if schemas else []
-    if not entry.rules:  # one rule for any number of inputs
-        return [f"{names[0]}..." if names else "every input"]
-    return [names[i] if i < len(names) else str(i) for i, rule in enumerate(entry.rules) if rule is not None]
-
-
-def _activation_note(kind: str, operator: bool) -> str:
-    notes = []
-    if not operator:
-        notes.append("a form of another operator, found by what it computes")
-    if kind in NOT_MONOTONE:
-        notes.append("its slope is negative for some x")
-    elif kind not in RELU_KINDS:
-        notes.append("the papers define the rules for ReLU only")
-    return "; ".join(notes)
-
-
-@functools.cache
-def _versions(name: str, domain: str) -> list[onnx.defs.OpSchema]:
-    """Every definition of an operator, oldest first."""
-    return sorted(_schemas().get((domain, name), []), key=lambda schema: schema.since_version)
-
-
-@functools.cache
-def _schemas() -> dict[tuple[str, str], list[onnx.defs.OpSchema]]:
-    schemas: dict[tuple[str, str], list[onnx.defs.OpSchema]] = {}
-    for schema in onnx.defs.get_all_schemas_with_history():
-        schemas.setdefault((schema.domain, schema.name), []).append(schema)
-    return schemas
-
-
-_HEADINGS = ("operator", "family", "opsets", "differentiated", "note")
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    name = row["operator"] if row["domain"] == "ai.onnx" else f"{row['domain']}::{row['operator']}"
-    return [name, row["family"], row["opsets"], ", ".join(row["differentiated"]), row["note"]]
-
-
-def operator_text() -> str:
-    """The table for a terminal."""
-    return "\n".join(aligned([_HEADINGS, *(_cells(row) for row in operator_table())]))
-
-
-def operator_markdown() -> str:
-    """The table for the README: one line per family, since a line per operator would be most of that page."""
-    families: dict[str, list[str]] = {}
-    for row in operator_table():
-        families.setdefault(row["family"], []).append(_cells(row)[0])
-    lines = ["| family | operators |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {family} | {', '.join(names)} |" for family, names in families.items())])

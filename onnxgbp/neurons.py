@@ -27,7 +27,7 @@ from onnxgbp.convert import GradientGraph
 from onnxgbp.data import Batch, batches
 from onnxgbp.emit import Dims, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.explain import MANIFEST, json_numbers, make_folder, shown
+from onnxgbp.explain import MANIFEST, make_folder, shown
 from onnxgbp.explained import find_tensor
 from onnxgbp.field import FieldFinder, Spans
 from onnxgbp.files import output_file, write
@@ -35,6 +35,7 @@ from onnxgbp.images import Preprocessing, in_type, photos_in, read
 from onnxgbp.lower import prune
 from onnxgbp.model import METADATA, Source, load, to_proto
 from onnxgbp.render import PERCENTILE, Picture, signed_picture
+from onnxgbp.report import json_numbers
 from onnxgbp.rules import Rules
 from onnxgbp.runtime import InputSpec, open_session, provider_of
 from onnxgbp.seed import parse_seed

@@ -26,12 +26,12 @@ from PIL import Image, ImageDraw, ImageFont
 from onnxgbp.curves import Panel, require_plots, save_curves
 from onnxgbp.data import Batch, batches
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.explain import json_numbers
 from onnxgbp.files import output_file, result_folder, write
 from onnxgbp.images import Preprocessing, read
 from onnxgbp.maps import MEASURES, Likeness, channel_axis, likeness, similarity
 from onnxgbp.model import METADATA, load
 from onnxgbp.render import signed_picture
+from onnxgbp.report import json_numbers
 from onnxgbp.runtime import Explainer, Explanation
 from onnxgbp.weights import Layer, Opened, open_weights, random_weights
 

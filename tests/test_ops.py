@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from onnxgbp.activations import ACTIVATIONS
 from onnxgbp.cli import main
 from onnxgbp.contrib import CONTRIB
-from onnxgbp.inspection import operator_markdown, operator_table, operator_text
+from onnxgbp.operators import operator_markdown, operator_table, operator_text
 from onnxgbp.vjps import FAMILIES, REFUSED, VJPS, ZERO_GRADIENT
 
 FORMS = {"Relu6", "GeluTanh", "QuantizedRelu"}  # of other operators: activations, but no operators

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench_table import bench_markdown
 
-from onnxgbp.inspection import operator_markdown
+from onnxgbp.operators import operator_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
