@@ -22,7 +22,8 @@ from onnxgbp.cli import main
 from onnxgbp.convert import GradientGraph
 from onnxgbp.data import batches
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.health import model_health, steepest
+from onnxgbp.health import model_health
+from onnxgbp.health_measure import steepest
 from onnxgbp.model import load
 from onnxgbp.runtime import InputSpec
 
