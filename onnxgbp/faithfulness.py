@@ -15,190 +15,44 @@ trained on, so the areas compare maps of one model and mean little by themselves
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from onnxgbp.boxes import Boxes, read_boxes
 from onnxgbp.compare import extract, first_line, softmax
-from onnxgbp.curves import Panel, require_plots, save_curves
+from onnxgbp.curves import require_plots
 from onnxgbp.data import Batch, batches
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explained import explained_tensor
-from onnxgbp.files import result_folder, write
-from onnxgbp.images import Preprocessing, read
+from onnxgbp.faithfulness_report import (
+    BLUR,
+    EDGES,
+    RANDOM,
+    RESULTS,
+    FaithfulnessReport,
+    MethodFigures,
+    SampleFigures,
+    save_report,
+)
+from onnxgbp.files import result_folder
 from onnxgbp.inputs import attributed
 from onnxgbp.maps import channel_axis, edges, smoothed, without_channels
 from onnxgbp.model import METADATA, Source, load, to_proto
-from onnxgbp.report import json_numbers
 from onnxgbp.runtime import Explainer, InputSpec, open_session
 from onnxgbp.sanity import split_methods
 
-__all__ = ["BASELINES", "RESULTS", "FaithfulnessReport", "MethodFigures", "SampleFigures", "check_faithfulness"]
+__all__ = ["BASELINES", "check_faithfulness"]
 
 Array: TypeAlias = npt.NDArray[Any]
-Box: TypeAlias = tuple[float, float, float, float]
 
-RESULTS = "faithfulness.json"
 BASELINES = ("blur", "mean")
-RANDOM, EDGES = "random", "sobel"
-_CURVES = "curves.faithfulness.png"
-_BLUR = 20  # the standard deviation of the blur is the shorter side divided by this
-_TOLERANCE = 15  # pixels around a box
 _TOGETHER = 4  # samples whose maps are made in one run
 _ROOM = 16  # changed pictures in one run
-_FEWEST = 5  # samples that a verdict needs
-_ERRORS = 2  # standard errors, from which on a difference counts
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleFigures:
-    """Of one map. deletion, insertion: the probability of the class at each share of the pixels, from 0 to 1; hit: None
-    without a box; sensitivity: None where it was not measured, or the map is zero or not finite.
-    """
-
-    deletion: tuple[float, ...]
-    insertion: tuple[float, ...]
-    hit: bool | None
-    sensitivity: float | None
-
-    @property
-    def areas(self) -> tuple[float, float]:
-        """Under deletion and insertion, by trapezoids."""
-        return _area(self.deletion), _area(self.insertion)
-
-
-@dataclasses.dataclass(frozen=True)
-class MethodFigures:
-    """One method, or `random` or `sobel`, with a row for each sample."""
-
-    method: str
-    rows: tuple[SampleFigures, ...]
-
-    def values(self, figure: str) -> list[float | None]:
-        """deletion or insertion (areas), hit or sensitivity, of every sample."""
-        if figure in ("deletion", "insertion"):
-            return [row.areas[figure == "insertion"] for row in self.rows]
-        return [None if (value := getattr(row, figure)) is None else float(value) for row in self.rows]
-
-    def summary(self) -> dict[str, Any]:
-        """Each figure as mean, standard error (None of fewer than two) and count; None where there is none."""
-        return {figure: _mean(self.values(figure)) for figure in _FIGURES}
-
-
-_FIGURES = ("deletion", "insertion", "hit", "sensitivity")
-
-
-@dataclasses.dataclass(frozen=True)
-class FaithfulnessReport:
-    """What `check_faithfulness` found; figures: the methods, then `random`, then `sobel` where inputs are pictures."""
-
-    model: str
-    sha256: str
-    explained: str
-    probability: str
-    baseline: str
-    steps: int
-    radius: float
-    noise_samples: int
-    random_seed: int
-    samples: tuple[str, ...]
-    notes: tuple[str, ...]
-    figures: tuple[MethodFigures, ...]
-
-    def verdicts(self) -> dict[str, str]:
-        """A line for each method: whether it beats a random map, by the paired differences of the samples."""
-        by_name = {one.method: one for one in self.figures}
-        own = [one for one in self.figures if one.method != RANDOM]
-        return {one.method: _verdict(one, by_name[RANDOM], by_name.get(EDGES)) for one in own}
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        said = dataclasses.asdict(dataclasses.replace(self, figures=()))
-        verdicts = self.verdicts()
-        methods = [
-            {"method": one.method, **one.summary(), "verdict": verdicts.get(one.method)}
-            | {"samples": [dataclasses.asdict(row) | dict(zip(_AREAS, row.areas, strict=True)) for row in one.rows]}
-            for one in self.figures
-        ]
-        del said["figures"]
-        found: dict[str, Any] = json_numbers(said | {"methods": methods})
-        return {"onnxgbp": importlib.metadata.version("onnxgbp")} | found
-
-    def to_text(self) -> str:
-        width = max(len(one.method) for one in self.figures)
-        lines = [
-            f"{self.model}: maps of '{self.explained}', {len(self.samples)} samples; {self.probability}",
-            f"pixels replaced by {_REPLACED[self.baseline]}, in {self.steps} steps",
-            *self.notes,
-            f"{'':<{width}}  {'deletion AUC':>15}  {'insertion AUC':>15}  {'pointing':>15}  {'max-sensitivity':>15}",
-        ]
-        lines += [
-            f"{one.method:<{width}}" + "".join(f"  {_shown(one.values(f)):>15}" for f in _FIGURES)
-            for one in self.figures
-        ]
-        lines.append("mean +- standard error; deletion and sensitivity: smaller, insertion and pointing: larger")
-        lines += [f"{name}: {said}" for name, said in self.verdicts().items()]
-        return "\n".join(lines)
-
-
-_AREAS = ("deletion_auc", "insertion_auc")
-_REPLACED = {"blur": f"a blurred picture (sigma: shorter side / {_BLUR})", "mean": "the mean of each channel"}
-
-
-def _area(curve: Sequence[float]) -> float:
-    return float(np.mean((np.asarray(curve[1:]) + np.asarray(curve[:-1])) / 2))
-
-
-def _mean(values: Sequence[float | None]) -> dict[str, Any] | None:
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    error = float(np.std(known, ddof=1) / math.sqrt(len(known))) if len(known) > 1 else None
-    return {"mean": float(np.mean(known)), "standard_error": error, "count": len(known)}
-
-
-def _shown(values: Sequence[float | None]) -> str:
-    found = _mean(values)
-    if found is None:
-        return "-"
-    error = "" if found["standard_error"] is None else f" +- {found['standard_error']:.3f}"
-    return f"{found['mean']:.3f}{error}"
-
-
-def _verdict(one: MethodFigures, random: MethodFigures, edge: MethodFigures | None) -> str:
-    said, won = [], []
-    for figure, sign in (("deletion", -1), ("insertion", 1)):
-        found = _against(one, random, figure, sign)
-        if found is None:
-            return f"no verdict from fewer than {_FEWEST} samples"
-        mean, error = found
-        won.append(mean > _ERRORS * error)
-        word = "better" if won[-1] else "worse" if mean < -_ERRORS * error else "not told apart"
-        said.append(f"{figure} {word} by {mean:.3f} +- {error:.3f}" if word != "not told apart" else f"{figure} {word}")
-    beats = {2: "beats a random map", 1: "beats a random map in one of two", 0: "does NOT beat a random map"}[sum(won)]
-    text = f"{beats} ({', '.join(said)})"
-    if edge is not None and one is not edge:
-        better = [f for f, sign in (("deletion", -1), ("insertion", 1)) if _beats(one, edge, f, sign)]
-        text += f"; beats an edge detector in {' and '.join(better)}" if better else "; does NOT beat an edge detector"
-    return text
-
-
-def _against(one: MethodFigures, other: MethodFigures, figure: str, sign: int) -> tuple[float, float] | None:
-    """The mean of the paired differences, above zero where `one` is better, and its standard error."""
-    pairs = zip(one.values(figure), other.values(figure), strict=True)
-    found = _mean([sign * (a - b) for a, b in pairs if a is not None and b is not None])
-    return None if found is None or found["count"] < _FEWEST else (found["mean"], found["standard_error"])
-
-
-def _beats(one: MethodFigures, other: MethodFigures, figure: str, sign: int) -> bool:
-    found = _against(one, other, figure, sign)
-    return found is not None and found[0] > _ERRORS * found[1]
 
 
 def check_faithfulness(
@@ -252,7 +106,7 @@ def check_faithfulness(
         raise OnnxgbpError("steps must be 1 or more, noise samples 0 or more, and the radius above 0")
     if taken := {RANDOM, EDGES} & set(names):
         raise OnnxgbpError(f"'{min(taken)}' is measured beside the methods: leave it out")
-    known_boxes = None if boxes is None else _read_boxes(boxes)
+    known_boxes = None if boxes is None else read_boxes(boxes)
     source = load(model)
     if METADATA + "method" in source.model.metadata_props:
         raise OnnxgbpError(f"{source.name} is already a converted file; give the model that it was made from")
@@ -273,7 +127,7 @@ def check_faithfulness(
         require_plots()
         result_folder(out, RESULTS)
 
-    sides = None if known_boxes is None else _Boxes(known_boxes, first.metadata, spec, preprocessing)
+    sides = None if known_boxes is None else Boxes(known_boxes, first.metadata, spec, preprocessing)
     rows: dict[str, list[SampleFigures]] = {name: [] for name in mappers}
     done: list[str] = []
     for batch in batches(images, [spec], first.metadata, batch=_TOGETHER, limit=limit, **preprocessing):
@@ -305,7 +159,7 @@ def check_faithfulness(
         tuple(MethodFigures(name, tuple(found)) for name, found in rows.items()),
     )
     if out is not None:
-        _save(report, out)
+        save_report(report, out)
     return report
 
 
@@ -386,7 +240,7 @@ class _Run:
     noise_samples: int
     radius: float
     rng: np.random.Generator
-    boxes: _Boxes | None
+    boxes: Boxes | None
 
     def measured(self, name: str, mapper: _Mapper, target: Array) -> list[SampleFigures]:
         """Of each sample under one method."""
@@ -436,7 +290,7 @@ class _Run:
             if self.baseline == "mean":
                 other = np.broadcast_to(np.asarray(x, np.float64).mean(axis=space, keepdims=True), x.shape)
             else:
-                other = smoothed(x, max(min(x.shape[i] for i in space) / _BLUR, 0.3), space)
+                other = smoothed(x, max(min(x.shape[i] for i in space) / BLUR, 0.3), space)
         return (np.rint(other) if x.dtype.kind in "iu" else other).astype(x.dtype)
 
     def _sensitivity(self, mapper: _Mapper, x: Array, target: Array, maps: Array) -> list[float | None]:
@@ -463,69 +317,3 @@ class _Run:
 def _pixels(shape: Sequence[int], axis: int) -> tuple[int, ...]:
     """The shape of a batch of pictures without the channels."""
     return tuple(size for i, size in enumerate(shape) if i != axis + 1)
-
-
-# --- boxes ----------------------------------------------------------------------------------------
-
-
-def _read_boxes(path: Path) -> dict[str, list[Box]]:
-    try:
-        given = json.loads(path.read_bytes())
-    except OSError as error:
-        raise OnnxgbpError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError:
-        raise OnnxgbpError(f"cannot read {path}: it is no JSON") from None
-    if not isinstance(given, dict):
-        raise OnnxgbpError(f"{path} is no JSON object of file names and boxes")
-    return {name: _boxes_of(value, f"{path}: the box of '{name}'") for name, value in given.items()}
-
-
-def _boxes_of(value: Any, where: str) -> list[Box]:
-    rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
-    found = []
-    for row in rows:
-        numbers = isinstance(row, list) and all(isinstance(n, (int, float)) and math.isfinite(n) for n in row)
-        if not numbers or len(row) != 4 or row[0] >= row[2] or row[1] >= row[3]:
-            raise OnnxgbpError(f"{where} is {json.dumps(row)}, not [x0, y0, x1, y1] with x0 < x1 and y0 < y1")
-        found.append((float(row[0]), float(row[1]), float(row[2]), float(row[3])))
-    return found
-
-
-class _Boxes:
-    """The boxes in the pixels that the model sees."""
-
-    def __init__(
-        self, known: Mapping[str, list[Box]], metadata: Mapping[str, str], spec: InputSpec, options: Mapping[str, Any]
-    ) -> None:
-        self._known, self._metadata, self._spec, self._options = known, metadata, spec, options
-
-    def hit(self, sample: str, magnitude: Array) -> bool | None:
-        """Whether the strongest pixel of [H, W] lies in one or near; None without a box in the picture."""
-        boxes = self._known.get(Path(sample).name, [])
-        if not boxes or magnitude.ndim != 2:
-            return None
-        if Path(sample).suffix:  # a photo; the samples of an array are called by their index
-            prepared, size = Preprocessing.of(self._metadata, self._spec, **self._options), read(Path(sample)).size
-            boxes = [prepared.placed(box, size) for box in boxes]
-        height, width = magnitude.shape
-        boxes = [(max(a, 0), max(b, 0), min(c, width), min(d, height)) for a, b, c, d in boxes]
-        boxes = [box for box in boxes if box[0] < box[2] and box[1] < box[3]]
-        if not boxes:
-            return None
-        row, column = divmod(int(magnitude.argmax()), width)
-        x, y = column + 0.5, row + 0.5  # the middle of a pixel
-        away = (max(a - x, x - c, b - y, y - d) for a, b, c, d in boxes)
-        return bool(min(away) <= _TOLERANCE)
-
-
-def _save(report: FaithfulnessReport, out: Path) -> None:
-    shares = np.linspace(0, 1, report.steps + 1).tolist()
-    panels = []
-    for name, label in (("deletion", "share of pixels taken out"), ("insertion", "share of pixels put back")):
-        curves = {
-            one.method: np.mean([getattr(row, name) for row in one.rows], axis=0).tolist() for one in report.figures
-        }
-        panels.append(Panel(name, shares, curves, label, "mean probability of the class"))
-    save_curves(out / _CURVES, panels, columns=2)
-    text = json.dumps(report.to_dict() | {"files": {"curves": _CURVES}}, indent=2, ensure_ascii=False, allow_nan=False)
-    write(out / RESULTS, (text + "\n").encode())

@@ -17,7 +17,8 @@ from PIL import Image
 
 import onnxgbp
 from onnxgbp.cli import main
-from onnxgbp.faithfulness import FaithfulnessReport, MethodFigures, SampleFigures, check_faithfulness
+from onnxgbp.faithfulness import check_faithfulness
+from onnxgbp.faithfulness_report import FaithfulnessReport, MethodFigures, SampleFigures
 from onnxgbp.images import Preprocessing
 
 RNG = np.random.default_rng(43)
