@@ -42,9 +42,9 @@ from onnxgbp.faithfulness_report import (
 from onnxgbp.files import result_folder
 from onnxgbp.inputs import attributed
 from onnxgbp.maps import channel_axis, edges, smoothed, without_channels
+from onnxgbp.methods import split_methods
 from onnxgbp.model import METADATA, Source, load, to_proto
 from onnxgbp.runtime import Explainer, InputSpec, open_session
-from onnxgbp.sanity import split_methods
 
 __all__ = ["BASELINES", "check_faithfulness"]
 

@@ -45,6 +45,7 @@ __all__ = [
     "rule_of",
     "sampling_options",
     "sampling_text",
+    "split_methods",
 ]
 
 _INTERNAL_BATCH_SIZE = 8  # points in a run
@@ -126,6 +127,20 @@ def parse_methods(method: str, methods: str | Sequence[str] = ()) -> tuple[str, 
         raise OnnxgbpError(f"a method is named twice: {', '.join(names)}")
     if len(names) > 1:
         refuse_sampled(names)
+    return names
+
+
+def split_methods(methods: str | Sequence[str]) -> tuple[str, ...]:
+    """Of 'gradient,guided', each once; whether there is such a method shows where it is used.
+
+    Raises:
+        OnnxgbpError: none, or one named twice.
+    """
+    names = tuple(name.strip() for name in (methods.split(",") if isinstance(methods, str) else methods))
+    if not all(names) or len(set(names)) < len(names):
+        raise OnnxgbpError(
+            f"methods '{','.join(names)}' are no list of different methods: gradient,guided for instance"
+        )
     return names
 
 

@@ -19,7 +19,8 @@ from onnxgbp import Explainer, OnnxgbpError
 from onnxgbp.cli import main
 from onnxgbp.images import Preprocessing, read
 from onnxgbp.maps import MEASURES, edges, likeness, similarity, smoothed, ssim, without_channels
-from onnxgbp.sanity import MethodChecks, check_sanity
+from onnxgbp.sanity import check_sanity
+from onnxgbp.sanity_report import MethodChecks
 from onnxgbp.weights import open_weights, random_weights
 
 CORPUS = Path(__file__).parent / "data" / "corpus"
