@@ -2,9 +2,10 @@
 
 from onnxgbp.convert import GradientGraph, convert
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.explainer import Explainer
+from onnxgbp.explanation import Explanation
 from onnxgbp.model import load, save
 from onnxgbp.rules import RULES
-from onnxgbp.runtime import Explainer, Explanation
 
 __all__ = ["RULES", "Explainer", "Explanation", "GradientGraph", "OnnxgbpError", "convert", "load", "save"]
 

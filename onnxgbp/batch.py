@@ -21,12 +21,12 @@ import numpy as np
 
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explain import baseline_of, options_of
+from onnxgbp.explainer import Explainer
 from onnxgbp.files import durable_file
 from onnxgbp.images import Preprocessing
 from onnxgbp.installed import onnxruntime_module
 from onnxgbp.methods import sampling_text
 from onnxgbp.render import signed_picture
-from onnxgbp.runtime import Explainer
 from onnxgbp.samples import Samples, samples_of
 
 try:

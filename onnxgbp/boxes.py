@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import numpy.typing as npt
 
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.given import InputSpec
 from onnxgbp.images import Preprocessing, read
-from onnxgbp.runtime import InputSpec
 
 __all__ = ["Box", "Boxes", "read_boxes"]
 

@@ -16,8 +16,8 @@ import onnx_ir as ir
 
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.given import InputSpec
 from onnxgbp.images import Preprocessing, in_type, photos_in, read
-from onnxgbp.runtime import InputSpec
 
 __all__ = ["Batch", "batches", "checked_arrays", "inputs_of"]
 

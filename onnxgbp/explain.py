@@ -17,6 +17,8 @@ from PIL import Image
 
 from onnxgbp.data import batches
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.explainer import Explainer
+from onnxgbp.explanation import Explanation
 from onnxgbp.files import output_file, write
 from onnxgbp.images import Preprocessing, in_type, photos_in, read
 from onnxgbp.labels import labels_of
@@ -24,7 +26,6 @@ from onnxgbp.methods import sampling_text
 from onnxgbp.model import METADATA
 from onnxgbp.render import PERCENTILE, overlay, signed_picture
 from onnxgbp.report import json_numbers
-from onnxgbp.runtime import Explainer, Explanation
 
 __all__ = [
     "DEFAULT_MODEL",

@@ -29,6 +29,7 @@ from onnxgbp.curves import require_plots
 from onnxgbp.data import Batch, batches
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explained import explained_tensor
+from onnxgbp.explainer import Explainer
 from onnxgbp.faithfulness_report import (
     BLUR,
     EDGES,
@@ -40,11 +41,12 @@ from onnxgbp.faithfulness_report import (
     save_report,
 )
 from onnxgbp.files import result_folder
+from onnxgbp.given import InputSpec
 from onnxgbp.inputs import attributed
 from onnxgbp.maps import channel_axis, edges, smoothed, without_channels
 from onnxgbp.methods import split_methods
 from onnxgbp.model import METADATA, Source, load, to_proto
-from onnxgbp.runtime import Explainer, InputSpec, open_session
+from onnxgbp.session import open_session
 
 __all__ = ["BASELINES", "check_faithfulness"]
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.given import InputSpec
 from onnxgbp.model import METADATA
-from onnxgbp.runtime import InputSpec
 
 __all__ = ["SUFFIXES", "Preprocessing", "in_type", "is_photo", "parse_floats", "photos_in", "read"]
 

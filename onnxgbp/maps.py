@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from onnxgbp.compare import rank_correlation
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.given import InputSpec
 from onnxgbp.images import Preprocessing
 from onnxgbp.render import PERCENTILE
-from onnxgbp.runtime import InputSpec
 
 __all__ = [
     "MEASURES",

@@ -1,6 +1,6 @@
 """ONNX files in and out: what is read, what is refused and why, and the shapes of every tensor.
 
-Protobuf lives here and in `runtime.py` only; between them a model is an `onnx_ir.Model`.
+Protobuf lives here and where a runtime is fed; between them a model is an `onnx_ir.Model`.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from onnxgbp.data import Batch, batches
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.explainer import Explainer
+from onnxgbp.given import InputSpec
 from onnxgbp.images import Preprocessing
 from onnxgbp.model import METADATA
-from onnxgbp.runtime import Explainer, InputSpec
 
 __all__ = ["Pair", "Result"]
 

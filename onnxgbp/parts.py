@@ -22,11 +22,11 @@ from PIL import Image
 
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explain import axes_of
+from onnxgbp.explainer import Explainer
 from onnxgbp.files import durable_file
 from onnxgbp.images import Preprocessing, in_type, read
 from onnxgbp.model import METADATA
 from onnxgbp.render import signed_picture
-from onnxgbp.runtime import Explainer
 from onnxgbp.samples import Sample, Samples
 
 __all__ = ["FLOATS", "FORMS", "Counts", "Job"]
@@ -123,7 +123,7 @@ class Job:
             ThreadPoolExecutor(self.threads) as writers,  # of their own: what is read ahead must not be in their way
             _bombs_are_errors(),
             aside.open("wb") as stream,
-            # A dictionary of values that hardly repeat would only cost time, and so would the least and largest of a map.
+            # A dictionary of values that hardly repeat would only cost time, and so would a map's least and largest.
             pyarrow.parquet.ParquetWriter(
                 stream,
                 self._schema(),

@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from onnxgbp.data import checked_arrays
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.given import InputSpec
 from onnxgbp.images import is_photo
-from onnxgbp.runtime import InputSpec
 
 __all__ = ["Sample", "Samples", "samples_of"]
 

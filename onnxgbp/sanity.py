@@ -22,12 +22,13 @@ from PIL import Image
 from onnxgbp.curves import require_plots
 from onnxgbp.data import Batch, batches
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.explainer import Explainer
+from onnxgbp.explanation import Explanation
 from onnxgbp.files import result_folder
 from onnxgbp.images import Preprocessing, read
 from onnxgbp.maps import Likeness, channel_axis, likeness, similarity
 from onnxgbp.methods import split_methods
 from onnxgbp.model import METADATA, load
-from onnxgbp.runtime import Explainer, Explanation
 from onnxgbp.sanity_report import KINDS, RESULTS, Grid, MethodChecks, SanityReport, save_report
 from onnxgbp.weights import Opened, open_weights, random_weights
 

@@ -16,9 +16,10 @@ from onnxgbp.emit import Dims, Emit, dims_of
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explained import find_tensor
 from onnxgbp.field import FieldFinder, Spans
+from onnxgbp.given import InputSpec
 from onnxgbp.lower import prune
 from onnxgbp.model import METADATA, Source, to_proto
-from onnxgbp.runtime import InputSpec, open_session, provider_of
+from onnxgbp.session import open_session, provider_of
 from onnxgbp.target import Channels
 
 __all__ = ["Best", "FeatureMap", "Forward", "Hit", "Session", "height_and_width", "look_through"]

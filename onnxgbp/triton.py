@@ -14,12 +14,12 @@ import onnx
 import onnx_ir as ir
 
 from onnxgbp import external
+from onnxgbp.converted import scores_output
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.labels import labels_of
 from onnxgbp.model import METADATA, load
 from onnxgbp.results import result_names
-from onnxgbp.runtime import scores_output
 
 __all__ = ["export_triton"]
 

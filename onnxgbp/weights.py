@@ -23,7 +23,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explained import explained_tensor
 from onnxgbp.inputs import attributed
 from onnxgbp.model import METADATA, Source, to_proto
-from onnxgbp.runtime import open_session
+from onnxgbp.session import open_session
 from onnxgbp.step import label
 
 __all__ = ["Layer", "Opened", "open_weights", "random_weights"]

@@ -17,8 +17,8 @@ from PIL import Image
 from onnxgbp.cli import main
 from onnxgbp.data import batches
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.given import InputSpec
 from onnxgbp.inspection import inspect_model
-from onnxgbp.runtime import InputSpec
 
 RNG = np.random.default_rng(11)
 W1 = RNG.standard_normal((5, 8)).astype(np.float32)

@@ -22,10 +22,10 @@ from onnxgbp.cli import main
 from onnxgbp.convert import GradientGraph
 from onnxgbp.data import batches
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.given import InputSpec
 from onnxgbp.health import model_health
 from onnxgbp.health_measure import steepest
 from onnxgbp.model import load
-from onnxgbp.runtime import InputSpec
 
 RNG = np.random.default_rng(5)
 PHOTOS = RNG.standard_normal((21, 3, 6, 5)).astype(np.float32)

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.given import InputSpec
 from onnxgbp.images import Preprocessing, read
-from onnxgbp.runtime import InputSpec
 
 
 def spec(*shape: int | str | None) -> InputSpec:

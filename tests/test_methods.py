@@ -315,8 +315,9 @@ def test_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more than asked for, unless the batch itself is larger; and no more runs than that takes."""
     explainer = Explainer(mlp(), method="smoothgrad", n_samples=21, internal_batch_size=8)
     seen = list[int]()
-    run = explainer._run
-    monkeypatch.setattr(explainer, "_run", lambda feeds, hint: seen.append(len(feeds["x"])) or run(feeds, hint))
+    running = explainer._running
+    run = running.run
+    monkeypatch.setattr(running, "run", lambda feeds, hint: seen.append(len(feeds["x"])) or run(feeds, hint))
     for count, wanted in ((1, [1, 8, 8, 4]), (3, [3] + [6] * 10), (10, [10] * 21)):
         seen.clear()
         explainer(np.ones((count, 5)) * np.arange(5))

@@ -20,8 +20,8 @@ from PIL import Image
 from runtimes.run import RUNTIMES, largest_error
 
 import onnxgbp
+from onnxgbp.given import InputSpec
 from onnxgbp.images import Preprocessing, read
-from onnxgbp.runtime import InputSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 TABBY = 281

@@ -12,8 +12,8 @@ import onnx
 from onnxgbp.checks.row import Check, Failed
 from onnxgbp.checks.subject import DIRECTIONS, Subject
 from onnxgbp.compare import angle, extract, first_line, median_error, resolution
-from onnxgbp.runtime import open_session, provider_of
 from onnxgbp.scale import fit, lost, start
+from onnxgbp.session import open_session, provider_of
 from onnxgbp.trial import Array, Arrays, Run, session
 
 __all__ = ["TOLERANCE", "finite_difference", "float16_range", "reproduced", "runtime"]

@@ -19,8 +19,8 @@ from onnx import helper
 
 import onnxgbp
 from onnxgbp.float64 import evaluator, to_float64
+from onnxgbp.given import InputSpec
 from onnxgbp.images import Preprocessing, read
-from onnxgbp.runtime import InputSpec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 METHODS = ("gradient", "deconvnet", "guided")
