@@ -31,6 +31,7 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every constant, the graph's own initializers first."""
     for inner in graphs(graph):
         yield from inner.initializer
         for node in inner.node:
@@ -40,8 +41,11 @@ def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from attribute.tensors
 
 
-def whole(tensor: onnx.TensorProto) -> bool:
-    """Whether a tensor that is stored in the model holds as many numbers as its shape says."""
+def whole(tensor: onnx.TensorProto, detached: memoryview | None = None) -> bool:
+    """Whether a tensor that is stored in the model holds as many numbers as its shape says.
+
+    detached: its raw data, where `stream.detach` took it out of the message.
+    """
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return True  # checked with its file
     if tensor.data_type == onnx.TensorProto.UNDEFINED or min(tensor.dims, default=0) < 0:
@@ -50,8 +54,8 @@ def whole(tensor: onnx.TensorProto) -> bool:
     if tensor.data_type == onnx.TensorProto.STRING:
         return count == len(tensor.string_data)
     dtype = ir.DataType(tensor.data_type)
-    if tensor.HasField("raw_data"):
-        return math.ceil(dtype.itemsize * count) == len(tensor.raw_data)
+    if detached is not None or tensor.HasField("raw_data"):
+        return math.ceil(dtype.itemsize * count) == len(tensor.raw_data if detached is None else detached)
     entries: int = len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type)))
     if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
         return entries == 2 * count

@@ -27,6 +27,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import write
 from onnxgbp.normalise import normalise
 from onnxgbp.shapes import infer_shapes
+from onnxgbp.stream import Detached, attached, detach
 
 __all__ = ["METADATA", "ModelLike", "Source", "load", "raised", "save", "to_proto"]
 
@@ -36,6 +37,11 @@ METADATA = "onnxgbp."  # the prefix of everything that we write into metadata_pr
 OLDEST_OPSET = 7  # broadcasting as numpy does it starts here
 _BFLOAT16_OPSET = 22  # the first whose convolutions and pools take it
 LOWEST_OPSET = 9  # the first with Where, which every gate needs; older files are raised to it
+# Numbers that fill whole bytes: numpy reads them where they lie.
+_DETACHABLE = frozenset(
+    int(getattr(ir.DataType, name))
+    for name in "FLOAT DOUBLE FLOAT16 BFLOAT16 INT8 INT16 INT32 INT64 UINT8 UINT16 UINT32 UINT64".split()
+)
 
 
 @dataclasses.dataclass
@@ -60,23 +66,24 @@ def load(source: ModelLike) -> Source:
             external data that is missing or outside the model's folder, or a graph that is not well formed.
     """
     if isinstance(source, onnx.ModelProto):
-        data, path, proto = source.SerializeToString(deterministic=True), None, onnx.ModelProto()
-        proto.CopyFrom(source)
+        path, data = None, source.SerializeToString(deterministic=True)
     else:
         if not isinstance(source, (str, os.PathLike)):
             raise OnnxgbpError(f"a model is a path or an onnx.ModelProto, not a {type(source).__name__}")
         path = Path(source)
         data = _read(path)
-        proto = _parse(data, path)
-    digest = hashlib.sha256(data).hexdigest()
-    del data  # as large as the model: gone before anything else is built
     where = str(path) if path else "the model"
+    proto, detached = _parse(data, where)
+    if path is not None:
+        _check_file(proto, data, where)
+    digest = hashlib.sha256(data).hexdigest()
+    del data  # as large as the model; where weights were detached, they hold it
     _check_proto(proto, where)
     external.read(proto, path, where)
     if proto.functions:
         with _meaning(f"{where}: its local functions cannot be inlined"):
             proto = onnx.inliner.inline_local_functions(proto, convert_version=True)
-    _check_nodes(proto, where)
+    _check_nodes(proto, where, detached)
     if _opset(proto) < LOWEST_OPSET:
         if any(node.op_type == "Scan" for graph in external.graphs(proto.graph) for node in graph.node):
             raise OnnxgbpError(
@@ -89,7 +96,7 @@ def load(source: ModelLike) -> Source:
         if not output.type.HasField("tensor_type"):
             odd[output.name] = onnx.TypeProto.FromString(output.type.SerializeToString())
             output.ClearField("type")
-    result = Source(_to_ir(proto, path, where), digest, path, odd)
+    result = Source(_to_ir(proto, path, where, detached), digest, path, odd)
     if _opset(proto) < _BFLOAT16_OPSET and _untyped_bfloat16(result.model.graph):
         return raised(result, _BFLOAT16_OPSET)
     return result
@@ -120,7 +127,7 @@ def raised(source: Source, opset: int) -> Source:
     for output in proto.graph.output:
         if output.name in source.odd_outputs:
             output.ClearField("type")
-    return dataclasses.replace(source, model=_to_ir(proto, source.path, source.name))
+    return dataclasses.replace(source, model=_to_ir(proto, source.path, source.name, {}))
 
 
 def _raise_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
@@ -171,19 +178,29 @@ def _read(path: Path) -> bytes:
         raise OnnxgbpError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _parse(data: bytes, path: Path) -> onnx.ModelProto:
+def _parse(data: bytes, where: str) -> tuple[onnx.ModelProto, Detached]:
+    """The model, and its large weights, which stay in `data` unless onnx itself has to rewrite the model."""
+    part, detached = detach(data)
     try:
-        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
+        proto = onnx.ModelProto.FromString(part)
+        names = [tensor.name for tensor in proto.graph.initializer]
+        plain = {proto.graph.initializer[place].data_type for place in detached} <= _DETACHABLE
+        apart = all(names) and len({*names}) == len(names)
+        if detached and (proto.functions or _opset(proto) < LOWEST_OPSET or not (plain and apart)):
+            return onnx.ModelProto.FromString(data), {}
     except DecodeError:
         # An ONNX file starts with field 1, ir_version, as a varint: a small number in practice.
         if data[:1] == b"\x08" and len(data) > 1 and 0 < data[1] < 64:
-            raise OnnxgbpError(f"{path} is cut off or damaged: its protobuf does not parse; copy it again") from None
-        raise OnnxgbpError(f"{path} is not an ONNX file: its protobuf does not parse") from None
+            raise OnnxgbpError(f"{where} is cut off or damaged: its protobuf does not parse; copy it again") from None
+        raise OnnxgbpError(f"{where} is not an ONNX file: its protobuf does not parse") from None
+    return proto, detached
+
+
+def _check_file(proto: onnx.ModelProto, data: bytes, where: str) -> None:
     if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
         if data[:1] == b"\x08" and proto.ir_version:
-            raise OnnxgbpError(f"{path} is cut off or damaged: graph or opset is missing; copy it again")
-        raise OnnxgbpError(f"{path} is not an ONNX file: it holds no graph")
-    return proto
+            raise OnnxgbpError(f"{where} is cut off or damaged: graph or opset is missing; copy it again")
+        raise OnnxgbpError(f"{where} is not an ONNX file: it holds no graph")
 
 
 def _opset(proto: onnx.ModelProto) -> int:
@@ -243,7 +260,7 @@ def _label(node: onnx.NodeProto) -> str:
     return node.name or f"{node.op_type}({', '.join(node.output)})"
 
 
-def _check_nodes(proto: onnx.ModelProto, where: str) -> None:
+def _check_nodes(proto: onnx.ModelProto, where: str, detached: Detached) -> None:
     """Standard operators have the inputs and attributes of the standard, and constants the bytes of their shape."""
     context = onnx.checker.C.CheckerContext()
     context.ir_version = proto.ir_version
@@ -260,8 +277,8 @@ def _check_nodes(proto: onnx.ModelProto, where: str) -> None:
         except onnx.checker.ValidationError as error:
             if "deprecated" not in str(error):  # runtimes still take those
                 raise OnnxgbpError(f"{where} is not a valid model: node '{_label(node)}': {_reason(error)}") from None
-    for tensor in external.tensors(proto.graph):
-        if not external.whole(tensor):
+    for place, tensor in enumerate(external.tensors(proto.graph)):  # initializers first, as `detached` counts them
+        if not external.whole(tensor, detached.get(place)):
             raise OnnxgbpError(
                 f"{where} is cut off or damaged: tensor '{tensor.name}' does not hold the numbers of its shape "
                 f"{list(tensor.dims)}"
@@ -273,10 +290,13 @@ def _reason(error: BaseException) -> str:
     return str(error).strip().splitlines()[0].partition("==>")[0].strip()
 
 
-def _to_ir(proto: onnx.ModelProto, path: Path | None, where: str) -> ir.Model:
+def _to_ir(proto: onnx.ModelProto, path: Path | None, where: str, detached: Detached) -> ir.Model:
     """The in-memory form: sorted, decomposed where an operator is not the standard's, with every shape."""
     with _meaning(f"{where} is not a valid model"):
         model = ir.from_proto(proto)
+        for place, raw in detached.items():
+            tensor = proto.graph.initializer[place]
+            model.graph.initializers[tensor.name].const_value = attached(tensor, raw)
         model.graph.sort()
         if "ai.onnx" in model.graph.opset_imports:  # the standard's other name for its own domain
             model.graph.opset_imports[""] = model.graph.opset_imports.pop("ai.onnx")
