@@ -13,7 +13,7 @@ from onnxgbp.model import OLDEST_OPSET
 from onnxgbp.report import aligned
 from onnxgbp.vjps import FAMILIES, REFUSED, ZERO_GRADIENT, Entry
 
-__all__ = ["operator_markdown", "operator_table", "operator_text"]
+__all__ = ["operator_markdown", "operator_page", "operator_table", "operator_text"]
 
 
 def operator_table() -> list[dict[str, Any]]:
@@ -55,8 +55,13 @@ def _differentiated(operator: str, entry: Entry) -> list[str]:
     schemas = _versions(name, domain)
     names = [formal.name for formal in schemas[-1].inputs] if schemas else []
     if not entry.rules:  # one rule for any number of inputs
+        if any(attribute.type == _GRAPH for attribute in schemas[-1].attributes.values()):
+            return ["what its graphs read"]
         return [f"{names[0]}..." if names else "every input"]
     return [names[i] if i < len(names) else str(i) for i, rule in enumerate(entry.rules) if rule is not None]
+
+
+_GRAPH = onnx.defs.OpSchema.AttrType.GRAPH
 
 
 def _activation_note(kind: str, operator: bool) -> str:
@@ -95,6 +100,12 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 def operator_text() -> str:
     """The table for a terminal."""
     return "\n".join(aligned([_HEADINGS, *(_cells(row) for row in operator_table())]))
+
+
+def operator_page() -> str:
+    """The whole table for the documentation, a line for each operator."""
+    lines = [f"| {' | '.join(_HEADINGS)} |", "|---" * len(_HEADINGS) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(_cells(row))} |".replace("  ", " ") for row in operator_table())])
 
 
 def operator_markdown() -> str:

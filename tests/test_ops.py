@@ -87,16 +87,19 @@ def test_both_outputs_hold_every_operator() -> None:
         assert row["operator"] in operator_markdown()
 
 
-def test_readme_is_current() -> None:
-    text = readme_table.README.read_text(encoding="utf-8")
-    assert text == readme_table.current(text), "python tools/readme_table.py"
+@pytest.mark.parametrize("page", readme_table.TABLES)
+def test_pages_are_current(page: str) -> None:
+    text = (readme_table.ROOT / page).read_text(encoding="utf-8")
+    assert text == readme_table.current(page, text), "python tools/readme_table.py"
 
 
 def test_a_stale_table_is_noticed_and_rewritten(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(readme_table, "PAGES", tmp_path)
+    for page, held in readme_table.TABLES.items():
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        tables = "\n".join(f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->" for name in held)
+        (tmp_path / page).write_text(f"before\n{tables}\nafter\n")
     readme = tmp_path / "README.md"
-    tables = "\n".join(f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->" for name in readme_table.TABLES)
-    readme.write_text(f"before\n{tables}\nafter\n")
-    monkeypatch.setattr(readme_table, "README", readme)
     assert readme_table.main(["--check"]) == 1
     assert "stale" in capsys.readouterr().err
     assert readme_table.main([]) == 0
@@ -105,11 +108,12 @@ def test_a_stale_table_is_noticed_and_rewritten(tmp_path, monkeypatch, capsys) -
     assert readme.read_text().endswith("\nafter\n")
     assert "MaxPool" in readme.read_text()
     assert "| ONNX Runtime |" in readme.read_text()
+    assert "| MaxPool | pooling | 7-22 | X | |" in (tmp_path / "docs/operators.md").read_text()
     assert "old\n" not in readme.read_text()
 
 
 def test_a_readme_without_markers_is_refused(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "README.md").write_text("nothing")
-    monkeypatch.setattr(readme_table, "README", tmp_path / "README.md")
+    monkeypatch.setattr(readme_table, "PAGES", tmp_path)
     assert readme_table.main([]) == 1
     assert "operators:begin" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Writes the generated tables into the README, each between its two marker comments.
+"""Writes the generated tables into the README and the pages of docs/, each between its two marker comments.
 
 python tools/readme_table.py           rewrites them
 python tools/readme_table.py --check   exit 1 where one is stale, and changes nothing
@@ -14,10 +14,10 @@ from typing import Any
 
 from bench_table import bench_markdown
 
-from onnxgbp.operators import operator_markdown
+from onnxgbp.operators import operator_markdown, operator_page
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = ROOT  # what the names below are relative to
 
 
 def runtime_markdown() -> str:
@@ -39,42 +39,43 @@ def _runtime_lines(rows: list[dict[str, Any]], nets: list[str]) -> Iterator[str]
         yield f"| {' | '.join([mine[0]['label'], mine[0]['version'] or '', *cells, notes])} |"
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "operators": operator_markdown,
-    "runtimes": runtime_markdown,
-    "bench": bench_markdown,
+# By the page that they stand in.
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"operators": operator_markdown, "runtimes": runtime_markdown, "bench": bench_markdown},
+    "docs/operators.md": {"every operator": operator_page},
 }
 
 
-def current(text: str) -> str:
-    """The README's text with the tables as they should be.
+def current(page: str, text: str) -> str:
+    """A page's text with its tables as they should be.
 
     Raises:
         ValueError: markers are missing or in the wrong order.
     """
-    for name, table in TABLES.items():
+    for name, table in TABLES[page].items():
         opening, closing = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, begin, rest = text.partition(opening)
         _, end, after = rest.partition(closing)
         if not begin or not end:
-            raise ValueError(f"README.md holds no table between {opening} and {closing}")
+            raise ValueError(f"{page} holds no table between {opening} and {closing}")
         text = f"{before}{opening}\n\n{table()}\n\n{closing}{after}"
     return text
 
 
 def main(arguments: list[str]) -> int:
-    text = README.read_text(encoding="utf-8")
-    try:
-        wanted = current(text)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if text == wanted:
-        return 0
-    if arguments == ["--check"]:
-        print("the README's tables are stale: python tools/readme_table.py", file=sys.stderr)
-        return 1
-    README.write_text(wanted, encoding="utf-8")
+    for page in TABLES:
+        path = PAGES / page
+        text = path.read_text(encoding="utf-8")
+        try:
+            wanted = current(page, text)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 1
+        if text != wanted and arguments == ["--check"]:
+            print(f"the tables of {page} are stale: python tools/readme_table.py", file=sys.stderr)
+            return 1
+        if text != wanted:
+            path.write_text(wanted, encoding="utf-8")
     return 0
 
 
