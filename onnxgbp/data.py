@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxgbp.emit import dims_of
+from onnxgbp.emit import dims_of, shape_text
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.given import InputSpec
 from onnxgbp.images import Preprocessing, in_type, photos_in, read
@@ -166,10 +166,8 @@ def checked_arrays(path: Path, inputs: Sequence[InputSpec], *, mapped: bool = Fa
             not isinstance(dim, int) or dim == length for dim, length in zip(dims, array.shape[1:], strict=True)
         )
         if not fits or (array.dtype != spec.dtype and (array.dtype.kind != "f" or spec.dtype.kind != "f")):
-            expected = ", ".join(str(dim or "?") for dim in ("N", *dims))
-            raise OnnxgbpError(
-                f"{spec} is {spec.dtype} [{expected}], but {path} holds {array.dtype} {list(array.shape)}"
-            )
+            expected = f"{spec.dtype} {shape_text(('N', *dims))}"
+            raise OnnxgbpError(f"{spec} is {expected}, but {path} holds {array.dtype} {list(array.shape)}")
     return arrays, counts.pop()
 
 

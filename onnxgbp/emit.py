@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnxgbp.constants import constant_value
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 
-__all__ = ["PRIVATE", "Dims", "Emit", "Operand", "dims_of", "is_float", "numel"]
+__all__ = ["PRIVATE", "Dims", "Emit", "Operand", "dims_of", "is_float", "numel", "shape_text"]
 
 # Calls in this domain live only between differentiation and lowering; `convert` saves none of them.
 PRIVATE = "onnxgbp.private"
@@ -45,6 +45,11 @@ def dims_of(value: ir.Value) -> Dims | None:
     if value.shape is None:
         return None
     return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+
+
+def shape_text(dims: Sequence[int | str | None]) -> str:
+    """Such as [N, 3, ?], for a message."""
+    return f"[{', '.join(str(dim or '?') for dim in dims)}]"
 
 
 def numel(dims: Sequence[int | str | None]) -> int | None:

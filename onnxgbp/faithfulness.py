@@ -44,6 +44,7 @@ from onnxgbp.files import result_folder
 from onnxgbp.given import InputSpec
 from onnxgbp.inputs import attributed
 from onnxgbp.maps import channel_axis, edges, smoothed, without_channels
+from onnxgbp.metadata import refuse_converted
 from onnxgbp.methods import split_methods
 from onnxgbp.model import METADATA, Source, load, to_proto
 from onnxgbp.session import open_session
@@ -110,8 +111,7 @@ def check_faithfulness(
         raise OnnxgbpError(f"'{min(taken)}' is measured beside the methods: leave it out")
     known_boxes = None if boxes is None else read_boxes(boxes)
     source = load(model)
-    if METADATA + "method" in source.model.metadata_props:
-        raise OnnxgbpError(f"{source.name} is already a converted file; give the model that it was made from")
+    refuse_converted(source)
     options: dict[str, Any] = {"output": output, "provider": provider, "diagnose": False}
     explainers = {name: Explainer(str(model), method=name, **options) for name in names}
     first = explainers[names[0]]

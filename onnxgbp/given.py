@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from onnxgbp.emit import shape_text
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.labels import find_label
 from onnxgbp.session import fault
@@ -100,7 +101,7 @@ def _checked(spec: InputSpec, value: Any) -> Array:
         raise OnnxgbpError(f"{spec} cannot be read as an array: {fault(error)}") from None
     if array.dtype != spec.dtype:
         array = _cast(spec, array, is_array=given_type is not None)
-    expected = "[" + ", ".join(str(dim or "?") for dim in spec.shape) + "]"
+    expected = shape_text(spec.shape)
     fits = len(spec.shape) == array.ndim and all(
         not isinstance(dim, int) or dim == size for dim, size in zip(spec.shape, array.shape, strict=True)
     )

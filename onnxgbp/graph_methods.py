@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxgbp.activations import ACTIVATIONS, Activation
 from onnxgbp.branches import captured
 from onnxgbp.differentiate import find_path
-from onnxgbp.emit import Emit, dims_of, is_float
+from onnxgbp.emit import Emit, dims_of, is_float, shape_text
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.explained import Explained, find_tensor
 from onnxgbp.views import channel_axis
@@ -169,10 +169,9 @@ def _class_map(s: Sweeps, gradient: ir.Value) -> ir.Value:
     """Grad-CAM in the layer's own size: [N, 1, h, w]."""
     op, dims = s.op, dims_of(s.map) or ()
     if len(dims) < 3:
-        shape = ", ".join(str(dim or "?") for dim in dims)
         raise OnnxgbpError(
-            f"layer '{s.map.name}' has shape [{shape}], and Grad-CAM needs a feature map [N, C, h, w]: name another "
-            "with --layer"
+            f"layer '{s.map.name}' has shape {shape_text(dims)}, and Grad-CAM needs a feature map [N, C, h, w]: "
+            "name another with --layer"
         )
     weights = op.ReduceMean(gradient, axes=list(range(2, len(dims))), keepdims=1)
     return op.Relu(op.ReduceSum(op.Mul(weights, s.map), axes=[1], keepdims=1))
@@ -187,10 +186,9 @@ def _upsampled(s: Sweeps, coarse: ir.Value) -> ir.Value:
     dims, small = dims_of(x) or (), dims_of(s.map) or ()
     rank = len(dims)
     if rank != len(small):
-        shapes = (f"[{', '.join(str(dim or '?') for dim in shape)}]" for shape in (small, dims))
         raise OnnxgbpError(
-            f"Grad-CAM cannot lay a map of {next(shapes)} over '{x.name}' of {next(shapes)}: name other tensors with "
-            "--layer or --wrt"
+            f"Grad-CAM cannot lay a map of {shape_text(small)} over '{x.name}' of {shape_text(dims)}: "
+            "name other tensors with --layer or --wrt"
         )
     _, channels, *space = order = _layout(x, s.metadata)
     sizes = [(size, dims[axis]) for size, axis in zip(small[2:], space, strict=True)]

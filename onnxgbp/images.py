@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from onnxgbp.emit import shape_text
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.given import InputSpec
 from onnxgbp.model import METADATA
@@ -245,17 +246,17 @@ class _Shape:
     @classmethod
     def of(cls, spec: InputSpec, layout: Any) -> _Shape:
         dims = [dim if isinstance(dim, int) and dim > 0 else None for dim in spec.shape]
-        shape = ", ".join(str(dim or "?") for dim in spec.shape)
+        given = f"{spec} of shape {shape_text(spec.shape)}"
         if len(dims) != 4:
-            raise OnnxgbpError(f"{spec} of shape [{shape}] takes no pictures: use onnxgbp.Explainer on arrays")
+            raise OnnxgbpError(f"{given} takes no pictures: use onnxgbp.Explainer on arrays")
         if layout not in _LAYOUTS:
             # Three or one at the end, and not at the front, can only be channels there.
             layout = "nhwc" if dims[3] in (1, 3) and dims[1] not in (1, 3) else "nchw"
         channels, height, width = dims[1:] if layout == "nchw" else (dims[3], dims[1], dims[2])
         if channels not in (None, 1, 3):
             raise OnnxgbpError(
-                f"{spec} of shape [{shape}] has {channels} channels as {layout}, where a picture has 1 or 3: "
-                "use onnxgbp.Explainer on arrays, or give --layout"
+                f"{given} has {channels} channels as {layout}, where a picture "
+                "has 1 or 3: use onnxgbp.Explainer on arrays, or give --layout"
             )
         return cls(layout, channels, height, width, 1 / 255 if spec.dtype.kind == "f" else 1.0)
 

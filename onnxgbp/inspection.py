@@ -16,7 +16,7 @@ from onnxgbp.branches import captured
 from onnxgbp.convert import GradientGraph
 from onnxgbp.differentiate import Path as Nodes
 from onnxgbp.differentiate import find_path, missing_rules
-from onnxgbp.emit import dims_of
+from onnxgbp.emit import dims_of, shape_text
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explained import Explained, explained_tensor, stripped_text
 from onnxgbp.graph_methods import find_layer
@@ -280,9 +280,7 @@ def _reported(found: dict[str, Any]) -> Findings:
 
 
 def _value_text(value: Mapping[str, Any]) -> str:
-    shape = (
-        "of unknown shape" if value["shape"] is None else f"[{', '.join(str(dim or '?') for dim in value['shape'])}]"
-    )
+    shape = "of unknown shape" if value["shape"] is None else shape_text(value["shape"])
     return f"{value['name']}: {value['dtype']} {shape}"
 
 

@@ -10,13 +10,14 @@ import onnx
 import onnx_ir as ir
 
 from onnxgbp import training
+from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explained import Explained, stripped_text
 from onnxgbp.methods import rule_of
 from onnxgbp.model import METADATA, Source
 from onnxgbp.rules import Choice, Rules, audit, parse_rules
 from onnxgbp.target import unit_text
 
-__all__ = ["already_converted", "audited", "describe", "first_matches", "place_options"]
+__all__ = ["already_converted", "audited", "describe", "first_matches", "place_options", "refuse_converted"]
 
 
 def place_options(
@@ -76,6 +77,12 @@ def already_converted(source: Source) -> str:
         f"{source.name} is already converted: it holds {method} of '{said['explained']}' ({aim}); convert the model "
         f"that it was made from (its sha256 is {said['sha256'][:12]}...), or run this one as it is"
     )
+
+
+def refuse_converted(source: Source) -> None:
+    """Raises for a file that `convert` wrote, where the model itself is asked for."""
+    if METADATA + "method" in source.model.metadata_props:
+        raise OnnxgbpError(f"{source.name} is already a converted file; give the model that it was made from")
 
 
 def describe(converted: onnx.ModelProto) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxgbp.data import Batch, batches
+from onnxgbp.emit import shape_text
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explainer import Explainer
 from onnxgbp.given import InputSpec
@@ -187,4 +188,4 @@ def _of_pixels(attribution: Array, prepared: Preprocessing) -> Array:
 
 
 def _shape(spec: InputSpec) -> str:
-    return f"'{spec.name}' [{', '.join(str(dim or '?') for dim in spec.shape)}]"
+    return f"'{spec.name}' {shape_text(spec.shape)}"

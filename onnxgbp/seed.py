@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from onnxgbp.emit import Dims, Emit, dims_of
+from onnxgbp.emit import Dims, Emit, dims_of, shape_text
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explained import Explained
 from onnxgbp.target import Unit, classes_of, unit_text
@@ -66,10 +66,9 @@ def make_seed(op: Emit, explained: Explained, target: str | int, unit: Unit | No
     if unit is not None:
         made = _one_unit(op, tensor, unit)
     elif len(dims) < 2 or any(dim != 1 for dim in dims[2:]):
-        shape = ", ".join(str(dim or "?") for dim in dims)
         raise OnnxgbpError(
-            f"the explained tensor '{tensor.name}' has shape [{shape}], not [N, classes]; choose a unit with --unit, "
-            "weigh it with --target seed, or explain another tensor with --output"
+            f"the explained tensor '{tensor.name}' has shape {shape_text(dims)}, not [N, classes]; "
+            "choose a unit with --unit, weigh it with --target seed, or explain another tensor with --output"
         )
     else:
         made = _classes(op, tensor, target)

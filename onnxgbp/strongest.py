@@ -12,13 +12,14 @@ import onnx
 
 from onnxgbp.compare import first_line
 from onnxgbp.data import Batch
-from onnxgbp.emit import Dims, Emit, dims_of
+from onnxgbp.emit import Dims, Emit, dims_of, shape_text
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explained import find_tensor
 from onnxgbp.field import FieldFinder, Spans
 from onnxgbp.given import InputSpec
 from onnxgbp.lower import prune
-from onnxgbp.model import METADATA, Source, to_proto
+from onnxgbp.metadata import refuse_converted
+from onnxgbp.model import Source, to_proto
 from onnxgbp.session import open_session, provider_of
 from onnxgbp.target import Channels
 
@@ -39,8 +40,7 @@ class FeatureMap:
     @classmethod
     def of(cls, source: Source, layer: str) -> FeatureMap:
         graph = source.model.graph
-        if METADATA + "method" in source.model.metadata_props:
-            raise OnnxgbpError(f"{source.name} is already a converted file; give the model that it was made from")
+        refuse_converted(source)
         inputs = [value for value in graph.inputs if not value.is_initializer()]
         if len(inputs) != 1:
             listed = ", ".join(f"'{value.name}'" for value in inputs)
@@ -48,7 +48,7 @@ class FeatureMap:
         image, tensor = inputs[0], find_tensor(graph, layer, "--layer")
         dims = dims_of(tensor)
         if dims is None or len(dims) != 4:
-            shape = "of unknown shape" if dims is None else _shape_text(dims)
+            shape = "of unknown shape" if dims is None else shape_text(dims)
             raise OnnxgbpError(f"--layer: tensor '{tensor.name}' {shape} is no feature map [N, C, H, W]")
         assert tensor.dtype is not None  # find_tensor gives floats alone
         dtype = image.dtype.numpy() if image.dtype is not None else np.dtype(np.float32)
@@ -57,7 +57,7 @@ class FeatureMap:
 
     @property
     def shape(self) -> str:
-        return _shape_text(self.dims)
+        return shape_text(self.dims)
 
     def check(self, channels: Channels, count: int | None = None) -> None:
         """The channels exist; where the model leaves their number open, `count` tells it after the first run."""
@@ -75,10 +75,6 @@ class FeatureMap:
                 f"--layer: tensor '{self.name}' {self.shape} is no feature map [N, C, H, W], since its axis 1 runs "
                 "over the picture; choose one whose channels stand before height and width"
             )
-
-
-def _shape_text(dims: Dims) -> str:
-    return f"[{', '.join(str(dim or '?') for dim in dims)}]"
 
 
 def height_and_width(spans: Spans, layout: str) -> Spans:

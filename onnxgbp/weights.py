@@ -22,7 +22,8 @@ from onnxgbp.emit import is_float
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explained import explained_tensor
 from onnxgbp.inputs import attributed
-from onnxgbp.model import METADATA, Source, to_proto
+from onnxgbp.metadata import refuse_converted
+from onnxgbp.model import Source, to_proto
 from onnxgbp.session import open_session
 from onnxgbp.step import label
 
@@ -79,8 +80,7 @@ def open_weights(source: Source, output: str | None = None) -> Opened:
     Raises:
         OnnxgbpError: no such tensor, an already converted file, or a model without such layers.
     """
-    if METADATA + "method" in source.model.metadata_props:
-        raise OnnxgbpError(f"{source.name} is already a converted file; give the model that it was made from")
+    refuse_converted(source)
     model = source.model.clone()
     graph = model.graph
     inputs = attributed(graph, (), output).tensors
