@@ -34,6 +34,11 @@ class Batch:
     names: tuple[str, ...]
     feeds: dict[str, Array]
 
+    @property
+    def filled(self) -> int:
+        """How many copies of the last sample stand at the end."""
+        return len(next(iter(self.feeds.values()))) - len(self.names)
+
 
 def inputs_of(graph: ir.Graph) -> list[InputSpec]:
     """What a model has to be fed; weights that are graph inputs too are not."""

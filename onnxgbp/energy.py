@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,14 @@ import onnx
 import onnx_ir as ir
 
 from onnxgbp.compare import first_line
+from onnxgbp.data import Batch
 from onnxgbp.emit import Emit
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.rules import Edge, Measure
 from onnxgbp.step import label
 from onnxgbp.trial import session
 
-__all__ = ["GATES", "gate_energies", "runnable"]
+__all__ = ["GATES", "counted_runs", "gate_energies", "runnable"]
 
 _MEASURED = "onnxgbp/energy/"  # and the node: how an output is called that measures what a gate lets through
 
@@ -38,8 +39,8 @@ GATES = Measure(_energies)
 """What `gate_energies` reads, for `GradientGraph.measured`."""
 
 
-def gate_energies(measured: onnx.ModelProto, data: Iterable[Mapping[str, npt.NDArray[Any]]]) -> dict[str, Any]:
-    """Runs what `GradientGraph.measured` made of GATES over batches of inputs.
+def gate_energies(measured: onnx.ModelProto, data: Iterable[Batch]) -> dict[str, Any]:
+    """Runs what `GradientGraph.measured` made of GATES over batches of samples.
 
     With dy the gradient that arrives at an activation under the rules chosen, dx = dy f'(x) its plain step and R what
     its own rule lets through, each energy the sum of squares over all units and samples:
@@ -55,10 +56,11 @@ def gate_energies(measured: onnx.ModelProto, data: Iterable[Mapping[str, npt.NDA
         OnnxgbpError: ONNX Runtime cannot run the model, or not on such inputs.
     """
     run, totals = runnable(session, measured), dict[str, npt.NDArray[np.float64]]()
-    for feeds in data:
-        for name, values in runnable(run, feeds).items():
-            if name.startswith(_MEASURED):
-                totals[name] = totals.get(name, np.zeros(4)) + np.asarray(values, np.float64)
+    for batch in data:
+        for outputs, share in counted_runs(run, batch):
+            for name, values in outputs.items():
+                if name.startswith(_MEASURED):
+                    totals[name] = totals.get(name, np.zeros(4)) + share * np.asarray(values, np.float64)
     rows: dict[str, Any] = {}
     for name, (arrived, stepped, negative, passed) in totals.items():
         shares = {
@@ -68,6 +70,18 @@ def gate_energies(measured: onnx.ModelProto, data: Iterable[Mapping[str, npt.NDA
         }
         rows[name.removeprefix(_MEASURED)] = shares
     return rows
+
+
+def counted_runs(run: Callable[[Any], Any], batch: Batch) -> Iterator[tuple[Mapping[str, Any], float]]:
+    """What `run` gives of a batch, for sums over its samples, and the share of it that counts: 1.
+
+    Where copies of the last sample fill the batch up, a second run is of nothing but these, and its share below zero:
+    it takes off what the copies have added.
+    """
+    yield runnable(run, batch.feeds), 1.0
+    if batch.filled:
+        copies = {name: np.repeat(array[-1:], len(array), axis=0) for name, array in batch.feeds.items()}
+        yield runnable(run, copies), -batch.filled / (len(batch.names) + batch.filled)
 
 
 def runnable(call: Callable[[Any], Any], argument: Any) -> Any:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from onnxgbp.convert import GradientGraph, fixed_scale
 from onnxgbp.data import Batch, batches, inputs_of
-from onnxgbp.energy import runnable
+from onnxgbp.energy import counted_runs, runnable
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import output_file, write
 from onnxgbp.health_measure import health_measure, unit_axis
@@ -109,13 +109,11 @@ def model_health(
     run = runnable(session, graph.measured(health_measure(axes, threshold), **look))
     reader = _Reader(data, graph, limit)
     sums = dict[str, Sums]()
-    for feeds, filled in reader:
+    for batch in reader:
         if folder is not None and not sums:
             folder.clear()  # the data can be read, and the long pass is still ahead
-        add(sums, runnable(run, feeds))
-        if filled:  # where the batch is fixed it ends in copies of the last sample: what these add is taken off again
-            copies = {name: np.repeat(array[-1:], len(array), axis=0) for name, array in feeds.items()}
-            add(sums, runnable(run, copies), -filled / len(next(iter(feeds.values()))))
+        for outputs, share in counted_runs(run, batch):
+            add(sums, outputs, share)
     found = {activation.y.name: activation for activation in graph.found}
     rows = [
         activation_row(kept, found[kept["output"]], sums.get(kept["output"]), place["seed_scale"], reader.samples)
@@ -151,10 +149,7 @@ def model_health(
 
 
 class _Reader:
-    """The data as batches that can be run: (feeds, how many copies of the last sample fill them up).
-
-    Left out is what cannot be read, and what holds numbers that are not finite.
-    """
+    """The data in batches, without what cannot be read, and what holds numbers that are not finite."""
 
     def __init__(self, data: str | Path, graph: GradientGraph, limit: int) -> None:
         self._data, self._limit = Path(data), limit
@@ -167,15 +162,16 @@ class _Reader:
         self.samples = 0
         self.left_out: list[dict[str, str]] = []
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Array], int]]:
+    def __iter__(self) -> Iterator[Batch]:
         unread = list[str]()
         for batch in batches(self._data, self._inputs, self._metadata, limit=self._limit, on_error=unread.append):
             kept = self._whole(batch)
             self.samples += len(kept)
-            filled = len(next(iter(batch.feeds.values()))) - len(kept) if self._fixed else 0
             if kept:
+                filled = len(batch.names) + batch.filled - len(kept) if self._fixed else 0
                 order = kept + kept[-1:] * filled
-                yield {name: array[order] for name, array in batch.feeds.items()}, filled
+                names = tuple(batch.names[index] for index in kept)
+                yield Batch(names, {name: array[order] for name, array in batch.feeds.items()})
         self.left_out += [{"sample": said.partition(": ")[0], "why": said} for said in unread]
         if not self.samples:
             raise OnnxgbpError(f"every sample of {self._data} holds numbers that are not finite")

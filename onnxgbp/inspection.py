@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def _measured(
     graph: GradientGraph, rows: list[dict[str, Any]], data: str | Path, limit: int, options: Mapping[str, Any]
 ) -> int:
     """Puts its `energy` in each row; the number of samples."""
-    from onnxgbp.data import batches, inputs_of  # Pillow and onnxruntime: only where something is run
+    from onnxgbp.data import Batch, batches, inputs_of  # Pillow and onnxruntime: only where something is run
     from onnxgbp.energy import GATES, gate_energies
 
     target = graph.options["target"]
@@ -106,12 +106,12 @@ def _measured(
         raise OnnxgbpError(f"target {target} has a sweep for each class: measure one of them, argmax or a class")
     names = list[str]()
 
-    def feeds() -> Iterable[dict[str, Any]]:
+    def samples() -> Iterator[Batch]:
         for batch in batches(data, inputs_of(graph.source.model.graph), graph.source.model.metadata_props, limit=limit):
             names.extend(batch.names)
-            yield batch.feeds
+            yield batch
 
-    energies = gate_energies(graph.measured(GATES, **options), feeds())
+    energies = gate_energies(graph.measured(GATES, **options), samples())
     for row in rows:
         row["energy"] = energies.get(row["node"])
     return len(names)

@@ -67,6 +67,17 @@ def test_energies_are_the_sums_over_the_data(model: Path, tmp_path: Path, method
         assert row["energy"] == pytest.approx(energies(method)[row["node"]], rel=1e-4), row["node"]
 
 
+def test_copies_that_fill_a_fixed_batch_up_do_not_count(model: Path, tmp_path: Path) -> None:
+    fixed = onnx.load(model)
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8  # of 20 samples the last batch holds 4
+    onnx.save(fixed, tmp_path / "fixed.onnx")
+    np.save(tmp_path / "x.npy", X)
+    report = inspect_model(tmp_path / "fixed.onnx", target=1, data=tmp_path / "x.npy").to_dict()
+    assert report["samples"] == 20
+    for row in report["activations"]:
+        assert row["energy"] == pytest.approx(energies("guided")[row["node"]], rel=1e-4), row["node"]
+
+
 def test_the_command_shows_them(model: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=X.astype(np.float64))
     arguments = ["inspect", str(model), "--target", "1", "--data", str(tmp_path / "x.npz")]
