@@ -79,7 +79,9 @@ def merge_equal(graph: ir.Graph) -> None:
         bodies = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
         if node.meta.get("forward") or bodies or any(value.is_graph_output() for value in node.outputs):
             continue
-        attributes = sorted((name, ir.to_proto(a).SerializeToString()) for name, a in node.attributes.items())
+        attributes = sorted(
+            (name, ir.serde.serialize_attribute(a).SerializeToString()) for name, a in node.attributes.items()
+        )
         key = (node.domain, node.op_type, *node.inputs, len(node.outputs), *attributes)
         same = first.setdefault(key, node)
         if same is not node:

@@ -103,7 +103,7 @@ class _Node:
     def __post_init__(self) -> None:
         graph = self.node.graph
         assert graph is not None  # it came out of one
-        self.proto = ir.to_proto(self.node)
+        self.proto = ir.serde.serialize_node(self.node)
         self.proto.op_type = _TWINS.get(self.node.op_type, self.node.op_type)
         self.opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]
         self.whole_scope = any(attribute.type == onnx.AttributeProto.GRAPH for attribute in self.proto.attribute)

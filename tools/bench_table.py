@@ -18,7 +18,7 @@ def bench_markdown() -> str:
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))
     cases: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        if not row.get("growth") and not row.get("targets"):
+        if not row.get("growth") and not row.get("targets") and row["case"] != "convert":
             cases.setdefault((row["network"], row["batch"]), {})[row["case"]] = row
     lines = [HEAD]
     for (network, batch), found in cases.items():

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -107,17 +107,25 @@ def rows_of(processes: Sequence[Process], case: Row) -> Iterator[Row]:
         }
 
 
-def convert(source: Path, target: Path, *options: str) -> tuple[float, float]:
-    """Runs `onnxgbp convert`: the seconds it took, and its largest size in MB."""
-    code = "import sys; from onnxgbp.cli import main; main(sys.argv[1:], standalone_mode=False); "
-    code += "from benchmark.worker import peak_mb; print(peak_mb())"
+class Converted(NamedTuple):
+    """What `onnxgbp convert` took: seconds, those of the processor, and its largest size in MB, all with its start."""
+
+    seconds: float
+    cpu_seconds: float
+    rss_mb: float
+
+
+def convert(source: Path, target: Path, *options: str) -> Converted:
+    """Runs `onnxgbp convert` in a process of its own."""
+    code = "import sys, time; from onnxgbp.cli import main; main(sys.argv[1:], standalone_mode=False); "
+    code += "from benchmark.worker import peak_mb; print(time.process_time(), peak_mb())"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
     start = time.perf_counter()
     command = [sys.executable, "-c", code, "convert", str(source), "-o", str(target), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:
         raise click.ClickException(f"onnxgbp convert {source} failed")
-    return time.perf_counter() - start, float(done.stdout.splitlines()[-1])
+    return Converted(time.perf_counter() - start, *map(float, done.stdout.splitlines()[-1].split()))
 
 
 def agreement(files: Sequence[Path], size: int) -> float:
@@ -165,8 +173,8 @@ def compare(name: str, batches: Sequence[int], folder: Path, machine: Row, round
     convert(source, portable, "--profile", "portable")
     facts: dict[str, Row] = {
         method: {
-            "convert_s": round(spent[method][0], 2),
-            "convert_mb": round(spent[method][1]),
+            "convert_s": round(spent[method].seconds, 2),
+            "convert_mb": round(spent[method].rss_mb),
             "file_ratio": round(file.stat().st_size / source.stat().st_size, 4),
             "source_mb": round(source.stat().st_size / 2**20, 1),
         }
@@ -183,6 +191,23 @@ def compare(name: str, batches: Sequence[int], folder: Path, machine: Row, round
         case = {"network": name, "batch": batch, "size": size, **machine}
         for row in rows_of(measure(tasks, rounds, runs), case):
             yield row | facts.get(row["case"], {})
+
+
+def converting(name: str, folder: Path, machine: Row, rounds: int) -> Iterator[Row]:
+    """What `convert` itself takes: the least of the rounds."""
+    source, target = folder / f"{name}.onnx", folder / f"{name}.guided.onnx"
+    networks.export(name, str(source))
+    spent = [convert(source, target) for _ in range(rounds)]
+    size = source.stat().st_size
+    row = {"network": name, "batch": 1, "size": networks.NETWORKS[name].size, "case": "convert", **machine}
+    yield row | {
+        "convert_s": round(min(one.seconds for one in spent), 2),
+        "convert_cpu_s": round(min(one.cpu_seconds for one in spent), 2),
+        "convert_mb": round(min(one.rss_mb for one in spent)),
+        "convert_rss_ratio": round(min(one.rss_mb for one in spent) / (size / 2**20), 2),
+        "file_ratio": round(target.stat().st_size / size, 4),
+        "source_mb": round(size / 2**20, 1),
+    }
 
 
 def growth(name: str, folder: Path, machine: Row, rounds: int, runs: int) -> Iterator[Row]:
@@ -238,6 +263,10 @@ def profile(model: Path, batch: int, size: int, threads: int, folder: Path) -> l
 
 
 def show(row: Row) -> None:
+    if row["case"] == "convert":
+        took = f"{row['convert_s']:6.2f} s, CPU {row['convert_cpu_s']:6.2f} s, {row['convert_mb']:5d} MB"
+        print(f"{row['network']:<16} {took}, x the file {row['convert_rss_ratio']:5.2f}", flush=True)
+        return
     what = f"{row['network']:<16} batch {row['batch']:<3} {row['size']:>4}px  {row['case']:<28}"
     wall = f"{row['median_ms']:9.1f} ms x {row['ratio']:5.2f}, least {row['least_ms']:9.1f} x {row['least_ratio']:5.2f}"
     print(f"{what}{wall}, CPU x {row['cpu_ratio']:5.2f}, {row['rss_mb']:5d} MB", flush=True)
@@ -258,6 +287,7 @@ def write(rows: list[Row], path: Path) -> None:
 @click.option("--profile", "profiling", is_flag=True, help="The time by operator instead, on the CPU.")
 @click.option("--growth", "growing", is_flag=True, help="Batches of 1 to 32 and images of 224 to 896 pixels instead.")
 @click.option("--targets", is_flag=True, help="Five targets of one image instead.")
+@click.option("--convert", "converts", is_flag=True, help="The time and the memory of `onnxgbp convert` instead.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 def main(
     names: Sequence[str],
@@ -269,6 +299,7 @@ def main(
     profiling: bool,
     growing: bool,
     targets: bool,
+    converts: bool,
     output: Path,
 ) -> None:
     """Measures converted files against the forward pass of their source, and against torch and Captum.
@@ -295,6 +326,8 @@ def main(
                 continue
             if growing:
                 measured = growth(name, folder, machine, rounds, runs)
+            elif converts:
+                measured = converting(name, folder, machine, rounds)
             elif targets:
                 measured = many_targets(name, folder, machine, rounds, runs)
             else:

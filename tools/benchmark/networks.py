@@ -147,12 +147,12 @@ class _Tokens(nn.Module):
         return torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
 
 
-def vit_tiny() -> nn.Module:
-    width = 192
+def vision_transformer(width: int) -> nn.Module:
+    """ViT-tiny is 192 wide, ViT-B 768."""
 
     def block() -> nn.Module:
         mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        attention = Plus(nn.LayerNorm(width, 1e-6), FusedAttention(width, 3))
+        attention = Plus(nn.LayerNorm(width, 1e-6), FusedAttention(width, width // 64))
         return nn.Sequential(attention, Plus(nn.LayerNorm(width, 1e-6), mlp))
 
     patches = Apply(lambda x: x.flatten(2).transpose(1, 2))
@@ -192,7 +192,8 @@ NETWORKS: dict[str, Network] = {
     "densenet121": Network(densenet121),
     "inception_v3": Network(inception_v3, 299),
     "squeezenet": Network(squeezenet),
-    "vit_tiny": Network(vit_tiny),
+    "vit_tiny": Network(partial(vision_transformer, 192)),
+    "vit_b": Network(partial(vision_transformer, 768)),
     "efficientnet_b0": Network(efficientnet_b0),
 }
 
