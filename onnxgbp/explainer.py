@@ -34,7 +34,8 @@ from onnxgbp.rules import Rules, listed
 from onnxgbp.running import Running
 from onnxgbp.sampled_methods import Sample
 from onnxgbp.scale import computes_in_float16, parse_seed_scale
-from onnxgbp.session import PROVIDERS, fault, provider_of
+from onnxgbp.session import PROVIDERS, fault
+from onnxgbp.values import Value, is_held, on_host, shape_of
 
 __all__ = ["Explainer"]
 
@@ -70,14 +71,22 @@ class Explainer:
             a converted file keeps its own.
         top: explain this many strongest classes of each sample at once, when a call names no target.
         provider: auto (CUDA where it really works, else the CPU), cpu, or cuda (CUDA or an error).
-        threads: threads within one operator; None leaves it to ONNX Runtime.
+        threads: threads within one operator; None leaves it to ONNX Runtime, which takes every core.
+        spinning: whether those threads wait for work by spinning, which is the quickest where they have the cores to
+            themselves; on a machine that does other work too, without it they leave each other time.
+        tf32: whether CUDA may round products to 10 bits of mantissa, which moves whole pixels of a map.
+        cuda_graph: captures the run as a CUDA graph and plays it back, one call at a time. Every size of the model's
+            inputs and outputs has to be fixed.
+        device_outputs: `attribution` and `outputs` are OrtValues, which stay where the session runs (`from_dlpack` of
+            other libraries takes them); `scores` and `target` are arrays as ever. Maps are not looked through for
+            zeros and NaN then.
         diagnose: find out why a map is blank or not finite, for the first such sample of a call. It takes one more run
             of the model on that sample, with every inner tensor kept.
         warm_up: explains one sample of zeros here, so that the first call does not pay for memory and kernels.
 
     Raises:
-        OnnxgbpError: the model or an option cannot be used, no ONNX Runtime or two of them are installed, CUDA was
-            asked for and does not work, or a warm-up of a model with free dims behind the batch.
+        OnnxgbpError: the model or an option cannot be used, no ONNX Runtime or two of them are installed, CUDA or what
+            it alone has was asked for and does not work, or a warm-up of a model with free dims behind the batch.
     """
 
     def __init__(
@@ -104,6 +113,10 @@ class Explainer:
         random_seed: int | None = None,
         internal_batch_size: int | None = None,
         threads: int | None = None,
+        spinning: bool = True,
+        tf32: bool = False,
+        cuda_graph: bool = False,
+        device_outputs: bool = False,
         diagnose: bool = True,
         warm_up: bool = False,
     ) -> None:
@@ -124,7 +137,11 @@ class Explainer:
         what |= {"wrt": wrt, "layer": layer, "rule": rule, "activations": activations, "profile": profile, "top": top}
         what["seed_scale"] = None if seed_scale == "auto" else parse_seed_scale(seed_scale)
         self._options: dict[str, Any] = {**what, "provider": provider, "threads": threads, "diagnose": diagnose}
+        running = {"spinning": spinning, "tf32": tf32, "cuda_graph": cuda_graph}
         self._options |= {"seed_scale": seed_scale, "warm_up": warm_up, **sampling}
+        self._options |= {**running, "device_outputs": device_outputs}
+        if device_outputs and self._sample is not None:
+            raise OnnxgbpError(f"{method} puts maps together on the CPU: leave device_outputs out")
         if self._sample is not None:
             what["method"] = rule_of(method or "")  # the graph that runs at each point
         self._what = what
@@ -146,32 +163,33 @@ class Explainer:
         self.classes = dims[1] if dims and len(dims) > 1 and isinstance(dims[1], int) else None
         """How many classes the explained tensor has; None where the model leaves it open."""
         self._batch_dim = dims[0] if dims else None
-        self._running = running = Running(
+        self._running = Running(
             proto,
             source,
             provider,
-            threads,
+            {"threads": threads, **running},
             seed_scale=what["seed_scale"],
             float16=self._float16,
             watch=made.scored,
+            stay=device_outputs,
         )
         if self._sample is not None:
-            prepare(running, method or "", self.options)
-        self.provider = provider_of(running.session)
+            prepare(self._running, method or "", self.options)
+        self.provider = self._running.provider
         """Where it runs: cpu or cuda."""
-        self.metadata = running.metadata
+        self.metadata = self._running.metadata
         """The metadata of the model that runs: the source's, and what `convert` adds under `onnxgbp.`."""
-        self.mode = running.mode
+        self.mode = self._running.mode
         """What chooses the class: `input` (each call), or argmax, seed or an index that a converted file has fixed."""
-        self.top = running.top
+        self.top = self._running.top
         """How many classes of each sample are explained at once; None for one, without an axis for it."""
         self.labels = labels_of(self.metadata)
         """The names of the classes, [] where the model's metadata has none."""
-        self.methods = running.methods
-        self.inputs = running.inputs
+        self.methods = self._running.methods
+        self.inputs = self._running.inputs
         """What a call must be given."""
-        self.wrt = running.wrt
-        self.scores_output = running.scores_output
+        self.wrt = self._running.wrt
+        self.scores_output = self._running.scores_output
         """The name of the output that `Explanation.scores` holds."""
         if warm_up:
             self({spec.name: zeros(spec) for spec in self.inputs})
@@ -201,7 +219,8 @@ class Explainer:
         """Explains a batch.
 
         Args:
-            x: an array in the model's shape and type, or a dict of arrays by input name where there are several.
+            x: an array in the model's shape and type, or a dict of arrays by input name where there are several. An
+                `onnxruntime.OrtValue`, or an array of another library that lies on the session's device, is read there.
                 Floats are cast to the model's float type, lists of numbers to its type; an array of integers is not
                 made into floats (it is usually a picture that still has to be scaled), so cast it yourself.
             target: a class for all samples, one per sample, K per sample (shape [N, K], which takes a session of its
@@ -216,6 +235,8 @@ class Explainer:
         if self.top is None and self.mode == "input" and np.ndim(target) == 2:  # type: ignore[arg-type]
             return self._several(np.shape(target)[1])(x, target, baseline=baseline)  # type: ignore[arg-type]
         feeds = feeds_of(self.inputs, x)
+        if self._sample is not None:  # its points are made here
+            feeds = {name: on_host(value) for name, value in feeds.items()}
         count = self._batch(feeds)
         targets = self.check_target(target, count)
         if self._running.target_input is not None:
@@ -223,7 +244,7 @@ class Explainer:
         doubtful = target is not None and (self.classes is None or count is None)
         made = self._running.run(feeds, "; is the target in range, and of one class per sample?" * doubtful)
         outputs, attributions, chosen = made.outputs, made.attributions, made.chosen
-        scores = _as_array(outputs[self.scores_output] if self.scores_output is not None else [])
+        scores = _as_array(on_host(outputs[self.scores_output]) if self.scores_output is not None else [])
         if count is None and self._running.target_input is not None:  # what could not be checked before
             samples = len(scores) if scores.ndim else len(chosen)
             # as above: ndim takes more than its type says
@@ -241,8 +262,10 @@ class Explainer:
         attribution = self._arranged(attributions)
         return Explanation(attribution, scores, chosen, outputs, warning, made.float16, options, gap)
 
-    def _warning(self, attributions: Sequence[Array], feeds: Mapping[str, Array]) -> str:
-        """Which samples have a blank or a broken map, and why the first of each has."""
+    def _warning(self, attributions: Sequence[Value], feeds: Mapping[str, Value]) -> str:
+        """Which samples have a blank or a broken map, and why the first of each has; '' of maps on a device."""
+        if any(map(is_held, attributions)):
+            return ""
         rows = [np.asarray(a).reshape(len(a), -1) for a in attributions if np.ndim(a) and len(a)]
         blank = sorted({int(i) for row in rows for i in np.flatnonzero(~row.any(axis=1))})
         broken = sorted({int(i) for row in rows for i in np.flatnonzero(~np.isfinite(row).all(axis=1))})
@@ -256,11 +279,12 @@ class Explainer:
         return "; ".join(said)
 
     def _diagnosed(
-        self, ask: Callable[[onnx.ModelProto, Mapping[str, Array], int], str], feeds: Mapping[str, Array], sample: int
+        self, ask: Callable[[onnx.ModelProto, Mapping[str, Array], int], str], feeds: Mapping[str, Value], sample: int
     ) -> str:
         """The reason, of one sample where the batch can be cut; '' where the model does not run in full view."""
         if not self._diagnose:
             return ""
+        feeds = {name: on_host(value) for name, value in feeds.items()}
         free = self._batch_dim is not None and not isinstance(self._batch_dim, int)
         if free and len({len(array) for array in feeds.values() if array.ndim}) == 1:
             feeds, sample = (
@@ -316,20 +340,21 @@ class Explainer:
         return _unpickle, (model, self._options)
 
     def __repr__(self) -> str:
-        defaults = {"seed_scale": "auto", "diagnose": True, "warm_up": False}
+        defaults = {"seed_scale": "auto", "diagnose": True, "warm_up": False, "spinning": True}
+        defaults |= {"tf32": False, "cuda_graph": False, "device_outputs": False}
         options = self._options | sampling_text({"baseline": self._options["baseline"]})
         said = {
             name: value for name, value in options.items() if value not in (None, ()) and value != defaults.get(name)
         }
         return f"Explainer({self.name!r}, {', '.join(f'{name}={value!r}' for name, value in said.items())})"
 
-    def _batch(self, feeds: Mapping[str, Array]) -> int | None:
+    def _batch(self, feeds: Mapping[str, Value]) -> int | None:
         """The number of samples: the size of the dimension that `target` has; None where it has no name."""
         dim = self._running.target_input.shape[0] if self._running.target_input is not None else self._batch_dim
         if isinstance(dim, int):
             return dim
         specs = (spec for spec in self.inputs if dim is not None and dim in spec.shape)
-        return next((int(feeds[spec.name].shape[spec.shape.index(dim)]) for spec in specs), None)
+        return next((shape_of(feeds[spec.name])[spec.shape.index(dim)] for spec in specs), None)
 
     def _targets(self, target: Target, count: int | None) -> npt.NDArray[np.int64]:
         """int64 [N], each in range."""

@@ -21,11 +21,12 @@ class Explanation:
     attribution: raw and signed, shape and dtype of the tensor that is attributed to (the input, or for a model of
         integers their lookup or floats; the map of grad-cam is [N, 1, H, W], see `graph_methods.py`), float32 where the
         seed's scale was divided out of float16; [N, K, ...] for K targets a sample. A dict by tensor name where several
-        are attributed to, a dict by method where there are several methods, of such dicts where both.
+        are attributed to, a dict by method where there are several methods, of such dicts where both. OrtValues in the
+        place of arrays where outputs stay on the device.
     scores: the model's own output that the explained tensor belongs to, as the model returns it (probabilities where
         the model ends in a softmax); of an inner tensor, the model's first float output.
     target: int64 [N], or [N, K]: the class (or channel) that was explained for each sample.
-    outputs: every output of the model by name.
+    outputs: every output of the model by name; OrtValues as well, where they stay on the device.
     warning: what a reader has to know of the attribution (a sample of nothing but zeros, numbers that are not finite,
         counts of what float16 could not hold), or ''.
     float16: the last of these alone.

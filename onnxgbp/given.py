@@ -13,6 +13,7 @@ from onnxgbp.emit import shape_text
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.labels import find_label
 from onnxgbp.session import fault
+from onnxgbp.values import Value, from_device, is_held, shape_of
 
 __all__ = ["InputSpec", "Target", "class_indices", "dtype_of", "feeds_of", "wrong_length", "zeros"]
 
@@ -48,8 +49,8 @@ class InputSpec:
         return f"input '{self.name}'"
 
 
-def feeds_of(inputs: Sequence[InputSpec], x: Any) -> dict[str, Array]:
-    """The arrays by input name, checked and cast."""
+def feeds_of(inputs: Sequence[InputSpec], x: Any) -> dict[str, Value]:
+    """The arrays by input name, checked and cast; what lies on a device as an OrtValue, checked."""
     names = ", ".join(f"'{spec.name}'" for spec in inputs)
     if not isinstance(x, Mapping):
         if len(inputs) != 1:
@@ -63,7 +64,7 @@ def feeds_of(inputs: Sequence[InputSpec], x: Any) -> dict[str, Array]:
     feeds = {spec.name: _checked(spec, x[spec.name]) for spec in inputs}
     sizes: dict[str, tuple[int, InputSpec]] = {}
     for spec in inputs:
-        for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True):
+        for dim, size in zip(spec.shape, shape_of(feeds[spec.name]), strict=True):
             # A free dimension that two inputs share by name has one size; an anonymous one is its own.
             if isinstance(dim, str) and sizes.setdefault(dim, (size, spec))[0] != size:
                 first = sizes[dim]
@@ -92,24 +93,34 @@ def dtype_of(name: str, kind: str) -> np.dtype[Any]:
     return np.dtype(_DTYPES[kind])
 
 
-def _checked(spec: InputSpec, value: Any) -> Array:
-    """The value as an array of the input's type and shape."""
-    given_type = getattr(value, "dtype", None)
+def _read(spec: InputSpec, value: Any) -> Value:
     try:
-        array = np.asarray(value)
+        value = from_device(value)
+        return value if is_held(value) else np.asarray(value)
+    except OnnxgbpError:
+        raise
     except Exception as error:  # noqa: BLE001 - anything may be handed in, and raise anything
         raise OnnxgbpError(f"{spec} cannot be read as an array: {fault(error)}") from None
-    if array.dtype != spec.dtype:
-        array = _cast(spec, array, is_array=given_type is not None)
+
+
+def _checked(spec: InputSpec, value: Any) -> Value:
+    """The value as an array of the input's type and shape, or as an OrtValue that has them."""
+    array = _read(spec, value)
+    if is_held(array):
+        if _DTYPES.get(array.data_type()) != spec.dtype:
+            raise OnnxgbpError(f"{spec} is {spec.dtype}, got an OrtValue of {array.data_type()}: cast it first")
+    elif array.dtype != spec.dtype:
+        array = _cast(spec, array, is_array=getattr(value, "dtype", None) is not None)
+    shape = shape_of(array)
     expected = shape_text(spec.shape)
-    fits = len(spec.shape) == array.ndim and all(
-        not isinstance(dim, int) or dim == size for dim, size in zip(spec.shape, array.shape, strict=True)
+    fits = len(spec.shape) == len(shape) and all(
+        not isinstance(dim, int) or dim == size for dim, size in zip(spec.shape, shape, strict=True)
     )
     if not fits:
-        batch = " (is the batch axis missing?)" if array.ndim == len(spec.shape) - 1 else ""
-        raise OnnxgbpError(f"{spec} has shape {expected}, got {list(array.shape)}{batch}")
-    if not array.size:
-        raise OnnxgbpError(f"{spec} is empty: its shape is {list(array.shape)}")
+        batch = " (is the batch axis missing?)" if len(shape) == len(spec.shape) - 1 else ""
+        raise OnnxgbpError(f"{spec} has shape {expected}, got {list(shape)}{batch}")
+    if 0 in shape:
+        raise OnnxgbpError(f"{spec} is empty: its shape is {list(shape)}")
     return array
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
+from onnxgbp.binding import Fixed, run_bound
 from onnxgbp.converted import scores_output
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.given import InputSpec, dtype_of
 from onnxgbp.model import METADATA, Source
 from onnxgbp.results import result_names
 from onnxgbp.scale import Census, fit, lost, start
-from onnxgbp.session import fault, open_session
+from onnxgbp.session import fault, open_session, provider_of
 from onnxgbp.target import classes_of
+from onnxgbp.values import Value, is_held
 
 __all__ = ["Made", "Running"]
 
@@ -30,7 +32,7 @@ class Made:
     """What one run of the model gives."""
 
     outputs: dict[str, Any]  # the model's own
-    attributions: list[Array]
+    attributions: list[Value]
     chosen: npt.NDArray[np.int64]
     explained: Any  # the explained tensor, None where no method needs it
     scale: float  # of the seed; it is divided out
@@ -45,10 +47,15 @@ class Running:
 
     Args:
         proto: the converted model; source: what it was made of.
-        provider, threads: of the session.
+        provider: of the session; options: the others of `open_session`.
         seed_scale: the fixed one, if any.
         float16: whether the model computes in it.
         watch: whether the explained tensor is wanted of each run.
+        stay: whether outputs stay on the device, but for the class that was explained.
+
+    Raises:
+        OnnxgbpError: as `open_session`; a size is free and a CUDA graph is to be captured; or outputs are to stay on
+            the device where the seed's scale has to be divided out of them.
     """
 
     def __init__(
@@ -56,11 +63,12 @@ class Running:
         proto: onnx.ModelProto,
         source: Source,
         provider: str,
-        threads: int | None,
+        options: Mapping[str, Any],
         *,
         seed_scale: float | None,
         float16: bool,
         watch: bool,
+        stay: bool,
     ) -> None:
         self.name = source.name
         self.metadata = {entry.key: entry.value for entry in proto.metadata_props}
@@ -68,8 +76,14 @@ class Running:
         self._float16 = float16
         self._watched: list[str] = []
         proto = self._watching(proto) if watch else proto
-        self.session = open_session(proto, source, provider, threads)
+        self.session = open_session(proto, source, provider, **options)
+        self.provider = provider_of(self.session)
         self._read_interface(proto)
+        self._outputs = [*self._theirs, *self._ours, *self._watched]
+        self._stay = frozenset(self._outputs) - {"attribution_target"} if stay else frozenset()
+        if stay:
+            self._refuse_to_stay()
+        self._fixed = Fixed(self.session, self.provider, self._outputs) if options.get("cuda_graph") else None
 
     def _watching(self, proto: onnx.ModelProto) -> onnx.ModelProto:
         """The model with the explained tensor among its outputs."""
@@ -108,20 +122,42 @@ class Running:
             )
             self.scores_output = next(floats, self._theirs[0] if self._theirs else None)
 
-    def run(self, feeds: dict[str, Array], hint: str) -> Made:
+    def _refuse_to_stay(self) -> None:
+        if self.fixed_scale != 1 or self.scale_input is not None:
+            raise OnnxgbpError("device_outputs: the seed's scale is divided out on the CPU; leave one of them out")
+        for output in self.session.get_outputs():
+            if not output.type.startswith("tensor("):
+                raise OnnxgbpError(f"device_outputs: output '{output.name}' is no tensor but a {output.type}")
+
+    def _call(self, feeds: Mapping[str, Value]) -> list[Any]:
+        """The values of the outputs, each an array, or an OrtValue if it stays on the device."""
+        if self._fixed is not None:
+            return self._fixed.run(feeds, self._stay)
+        if self._stay or any(map(is_held, feeds.values())):
+            return run_bound(self.session, self.provider, feeds, self._outputs, self._stay)
+        values: list[Any] = self.session.run(self._outputs, feeds)
+        return values
+
+    def run(self, feeds: Mapping[str, Value], hint: str) -> Made:
         """What the model gives, with the scale of its seed divided out.
 
         Raises:
-            OnnxgbpError: the runtime fails; `hint` stands at the end.
+            OnnxgbpError: an input lies on another device, or the runtime fails; then `hint` stands at the end.
         """
-        outputs, factor = [*self._theirs, *self._ours, *self._watched], self.scale_input
+        for name, value in feeds.items():
+            if is_held(value) and value.device_name() not in ("cpu", self.provider):
+                raise OnnxgbpError(
+                    f"input '{name}' lies on {value.device_name()}, and the session runs on {self.provider}: copy it, "
+                    "or choose the other provider"
+                )
+        factor = self.scale_input
         runs = dict[float, list[Any]]()
         ours = slice(len(self._theirs), len(self._theirs) + len(self._ours))
 
         def maps(scale: float) -> list[Array]:
             more = {factor.name: np.asarray(scale, factor.dtype)} if factor is not None else {}
             try:
-                runs[scale] = self.session.run(outputs, {**feeds, **more})
+                runs[scale] = self._call({**feeds, **more})
             except Exception as error:  # noqa: BLE001 - the runtime's exceptions share no base class of their own
                 raise OnnxgbpError(f"ONNX Runtime could not run {self.name}: {fault(error)}{hint}") from None
             return runs[scale][ours][:-1]
