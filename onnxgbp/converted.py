@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.model import METADATA, Source
 from onnxgbp.rules import parse_rules
 from onnxgbp.target import parse_unit, unit_text
 
-__all__ = ["refuse_contradictions", "scores_output"]
+__all__ = ["explained_by", "refuse_contradictions", "scores_output"]
 
 # What an output may have passed through between the explained tensor and its own name; see `explained.py`.
 _BEHIND_SCORES = frozenset(
@@ -61,3 +62,10 @@ def scores_output(proto: onnx.ModelProto, explained: str, outputs: Sequence[str]
         if name == explained:
             return output
     return None
+
+
+def explained_by(source: Source) -> ir.Value | None:
+    """The tensor that a converted file explains, if it is one that the file names."""
+    name = source.model.metadata_props[METADATA + "explained"]
+    values = (*source.model.graph.inputs, *(value for node in source.model.graph for value in node.outputs))
+    return next((value for value in values if value.name == name), None)

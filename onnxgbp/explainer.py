@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,11 +13,11 @@ import onnx
 import onnx_ir as ir
 
 from onnxgbp.convert import GradientGraph
-from onnxgbp.converted import refuse_contradictions
+from onnxgbp.converted import explained_by, refuse_contradictions
 from onnxgbp.diagnose import first_not_finite, why_blank
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.explanation import Explanation
+from onnxgbp.explanation import Explanation, joined
 from onnxgbp.given import Target, class_indices, feeds_of, wrong_length, zeros
 from onnxgbp.labels import labels_of
 from onnxgbp.methods import (
@@ -35,11 +35,15 @@ from onnxgbp.running import Running
 from onnxgbp.sampled_methods import Sample
 from onnxgbp.scale import computes_in_float16, parse_seed_scale
 from onnxgbp.session import PROVIDERS, fault
-from onnxgbp.values import Value, is_held, on_host, shape_of
+from onnxgbp.values import Value, as_array, is_held, on_host, shape_of
 
 __all__ = ["Explainer"]
 
 Array: TypeAlias = npt.NDArray[Any]
+
+# Classes of a sample that one graph explains. Of a backward pass of 1.4 forward passes the shared forward pass is 8 %
+# then; a larger graph only takes longer to load.
+_TOGETHER = 8
 
 
 class Explainer:
@@ -82,7 +86,8 @@ class Explainer:
             zeros and NaN then.
         diagnose: find out why a map is blank or not finite, for the first such sample of a call. It takes one more run
             of the model on that sample, with every inner tensor kept.
-        warm_up: explains one sample of zeros here, so that the first call does not pay for memory and kernels.
+        warm_up: explains zeros here, so that the first call does not pay for memory and kernels: True for one sample,
+            or the shape of a batch as it will come; a dict of shapes by name for several inputs.
 
     Raises:
         OnnxgbpError: the model or an option cannot be used, no ONNX Runtime or two of them are installed, CUDA or what
@@ -118,7 +123,7 @@ class Explainer:
         cuda_graph: bool = False,
         device_outputs: bool = False,
         diagnose: bool = True,
-        warm_up: bool = False,
+        warm_up: bool | Sequence[int] | Mapping[str, Sequence[int]] = False,
     ) -> None:
         if provider not in PROVIDERS:
             raise OnnxgbpError(f"no provider is called '{provider}': choose one of {', '.join(PROVIDERS)}")
@@ -192,7 +197,7 @@ class Explainer:
         self.scores_output = self._running.scores_output
         """The name of the output that `Explanation.scores` holds."""
         if warm_up:
-            self({spec.name: zeros(spec) for spec in self.inputs})
+            self(zeros(self.inputs, warm_up))
             self._diagnose = diagnose
 
     def _converted(self, source: Source) -> tuple[onnx.ModelProto, ir.Value | None]:
@@ -200,8 +205,7 @@ class Explainer:
         model, what = self._model, self._what
         if METADATA + "method" in source.model.metadata_props:
             proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
-            explained = source.model.metadata_props[METADATA + "explained"]
-            return proto, next((v for v in _values(source.model) if v.name == explained), None)
+            return proto, explained_by(source)
         target = "argmax" if what["unit"] is not None else "input" if what["top"] is None else f"input{what['top']}"
         place = {name: what[name] for name in ("output", "unit", "wrt", "layer")} | {"seed": what["seed"] or "one"}
         methods = what["methods"] or (what["method"] or "guided",)
@@ -223,8 +227,9 @@ class Explainer:
                 `onnxruntime.OrtValue`, or an array of another library that lies on the session's device, is read there.
                 Floats are cast to the model's float type, lists of numbers to its type; an array of integers is not
                 made into floats (it is usually a picture that still has to be scaled), so cast it yourself.
-            target: a class for all samples, one per sample, K per sample (shape [N, K], which takes a session of its
-                own for each K), or None for the strongest of each sample; by index or name.
+            target: a class for all samples, one per sample, K per sample (shape [N, K]), or None for the strongest of
+                each sample; by index or name. Up to 8 of K classes share a forward pass; they take a session of their
+                own, which is kept for the next call with as many.
             baseline: of integrated-gradients and expected-gradients, in the place of the explainer's own.
 
         Raises:
@@ -233,7 +238,7 @@ class Explainer:
         """
         # numpy's ndim and shape take what Target allows, lists of names included; their types say less
         if self.top is None and self.mode == "input" and np.ndim(target) == 2:  # type: ignore[arg-type]
-            return self._several(np.shape(target)[1])(x, target, baseline=baseline)  # type: ignore[arg-type]
+            return self._classes(x, target, baseline)
         feeds = feeds_of(self.inputs, x)
         if self._sample is not None:  # its points are made here
             feeds = {name: on_host(value) for name, value in feeds.items()}
@@ -244,7 +249,7 @@ class Explainer:
         doubtful = target is not None and (self.classes is None or count is None)
         made = self._running.run(feeds, "; is the target in range, and of one class per sample?" * doubtful)
         outputs, attributions, chosen = made.outputs, made.attributions, made.chosen
-        scores = _as_array(on_host(outputs[self.scores_output]) if self.scores_output is not None else [])
+        scores = as_array(outputs[self.scores_output] if self.scores_output is not None else [])
         if count is None and self._running.target_input is not None:  # what could not be checked before
             samples = len(scores) if scores.ndim else len(chosen)
             # as above: ndim takes more than its type says
@@ -302,6 +307,22 @@ class Explainer:
         parts = [attributions[i : i + size] for i in range(0, len(attributions), size)]
         each = [part[0] if size == 1 else dict(zip(self.wrt, part, strict=True)) for part in parts]
         return each[0] if len(self.methods) == 1 else dict(zip(self.methods, each, strict=True))
+
+    def _classes(self, x: Any, target: Target, baseline: Any) -> Explanation:
+        """K classes of each sample, a bounded number of them over one forward pass."""
+        feeds, given = feeds_of(self.inputs, x), class_indices(target, self.labels)
+        samples, (rows, classes) = self._batch(feeds), given.shape
+        if samples is not None and rows != samples:
+            wanted = f"give [{samples}, {classes}], {classes} per sample"
+            raise OnnxgbpError(f"target has shape {list(given.shape)}: {wanted}")
+        runs = 1 if self._options["device_outputs"] else -(-classes // _TOGETHER)
+        width = -(-classes // max(runs, 1))
+        several = self._several(width)
+        if runs <= 1:
+            return several(feeds, given, baseline=baseline)
+        starts = [min(run * width, classes - width) for run in range(runs)]  # the last overlaps the one before
+        parts = [several(feeds, given[:, start : start + width], baseline=baseline) for start in starts]
+        return joined(parts, runs * width - classes)
 
     def _several(self, count: int) -> Explainer:
         """An explainer of `count` classes a sample: K is part of the graph."""
@@ -380,16 +401,3 @@ class Explainer:
 
 def _unpickle(model: str | bytes, options: dict[str, Any]) -> Explainer:
     return Explainer(model if isinstance(model, str) else onnx.ModelProto.FromString(model), **options)
-
-
-def _values(model: ir.Model) -> Iterator[ir.Value]:
-    yield from model.graph.inputs
-    for node in model.graph:
-        yield from node.outputs
-
-
-def _as_array(value: Any) -> Array:
-    """An output as an array; a list of maps, one per sample, becomes one row of values each."""
-    if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        return np.array([list(row.values()) for row in value])
-    return np.asarray(value)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Explanation"]
+__all__ = ["Explanation", "joined"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -43,3 +43,28 @@ class Explanation:
     float16: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     completeness_gap: Array | None = None
+
+
+def joined(parts: Sequence[Explanation], overlap: int) -> Explanation:
+    """One explanation of what several say of further classes of the same samples.
+
+    overlap: so many of the classes of the last are in the one before it as well.
+    """
+
+    def columns(held: Sequence[Any]) -> Any:
+        if isinstance(held[0], Mapping):
+            return {name: columns([one[name] for one in held]) for name in held[0]}
+        return np.concatenate([*held[:-1], held[-1][:, overlap:]], axis=1)
+
+    def lines(said: Sequence[str]) -> str:
+        return "; ".join(dict.fromkeys(filter(None, said)))
+
+    gaps = [part.completeness_gap for part in parts]
+    return dataclasses.replace(
+        parts[0],
+        attribution=columns([part.attribution for part in parts]),
+        target=columns([part.target for part in parts]),
+        warning=lines([part.warning for part in parts]),
+        float16=lines([part.float16 for part in parts]),
+        completeness_gap=None if gaps[0] is None else columns(gaps),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -72,14 +73,35 @@ def feeds_of(inputs: Sequence[InputSpec], x: Any) -> dict[str, Value]:
     return feeds
 
 
-def zeros(spec: InputSpec) -> Array:
-    """One sample."""
-    shape = [dim if isinstance(dim, int) else 1 for dim in spec.shape[:1]]
+def zeros(inputs: Sequence[InputSpec], shape: Any) -> dict[str, Array]:
+    """A batch to warm up with.
+
+    Args:
+        inputs: of the model.
+        shape: that of the one input, or a dict of shapes by input name; True for one sample, where sizes are fixed.
+
+    Raises:
+        OnnxgbpError: a size behind the batch is free and not given, or what is given is no shape.
+    """
+    shapes: Any = {} if shape is True else shape if isinstance(shape, Mapping) else {inputs[0].name: shape}
+    return {spec.name: np.zeros(_sizes(spec, shapes.get(spec.name)), spec.dtype) for spec in inputs}
+
+
+def _sizes(spec: InputSpec, given: Any) -> list[int]:
+    if given is not None:
+        try:
+            sizes = [operator.index(size) for size in given]
+        except TypeError:
+            sizes = []
+        if min(sizes, default=0) < 1:
+            raise OnnxgbpError(f"warm_up is {given!r}: give True, a shape such as (8, 3, 224, 224), or a dict of them")
+        return sizes
+    sizes = [dim if isinstance(dim, int) else 1 for dim in spec.shape[:1]]
     for dim in spec.shape[1:]:
         if not isinstance(dim, int):
-            raise OnnxgbpError(f"warm_up: {spec} has a free size '{dim or '?'}': leave it out, and call once yourself")
-        shape.append(dim)
-    return np.zeros(shape, spec.dtype)
+            raise OnnxgbpError(f"warm_up: {spec} has a free size '{dim or '?'}': give a shape, warm_up=(1, ...)")
+        sizes.append(dim)
+    return sizes
 
 
 def dtype_of(name: str, kind: str) -> np.dtype[Any]:

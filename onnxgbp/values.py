@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.installed import onnxruntime_module
 
-__all__ = ["Value", "from_device", "is_held", "on_host", "shape_of"]
+__all__ = ["Value", "as_array", "from_device", "is_held", "on_host", "shape_of"]
 
 Value: TypeAlias = Any  # an array, or an onnxruntime.OrtValue, whose package ships no types
 
@@ -49,3 +50,10 @@ def shape_of(value: Value) -> tuple[int, ...]:
 def on_host(value: Value) -> Any:
     """The value as an array, or what else an output may be; copied only if it lies elsewhere."""
     return value.numpy() if is_held(value) else value
+
+
+def as_array(value: Value) -> Any:
+    """An output as an array; a list of maps, one per sample, becomes one row of values each."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return np.array([list(row.values()) for row in value])
+    return np.asarray(on_host(value))

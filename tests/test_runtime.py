@@ -286,6 +286,13 @@ def test_warm_up(mlp: onnx.ModelProto) -> None:
     )
     with pytest.raises(OnnxgbpError, match="free size 'L'"):
         Explainer(free, provider="cpu", warm_up=True)
+    for shape in ((2, 7), {"x": [2, 7]}):
+        assert Explainer(free, provider="cpu", warm_up=shape)(X).scores.shape == (3, 5)
+    for wrong in (3, (2, -7), "ab"):
+        with pytest.raises(OnnxgbpError, match="give True, a shape"):
+            Explainer(free, provider="cpu", warm_up=wrong)
+    with pytest.raises(OnnxgbpError, match=r"input 'x' has shape \[N, 5\], got \[2, 7\]"):
+        Explainer(mlp, provider="cpu", warm_up=(2, 7))
 
 
 def test_threads_give_the_same_bits(mlp: onnx.ModelProto) -> None:

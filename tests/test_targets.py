@@ -352,3 +352,44 @@ def test_a_wrong_aim_leaves_no_file(tmp_path: Path, options: list[str], code: in
     assert result.exit_code == code
     assert message in result.output
     assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (9, {"methods": ("guided", "gradient")}),
+        (17, {"method": "gradient"}),
+        (20, {"method": "integrated-gradients", "n_steps": 3}),
+    ],
+)
+def test_many_classes_take_several_runs(count: int, options: dict[str, Any]) -> None:
+    """The graph never has more than eight sweeps, and each class gives what it gives alone."""
+    pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(0)
+    weights = {"W1": (5, 16), "W2": (16, 30)}
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]> m (float[N,5] x) => (float[N,30] y) {
+            h = MatMul(x, W1)  r = Relu(h)  y = MatMul(r, W2)
+        }"""
+    )
+    for name, shape in weights.items():
+        array = rng.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    explainer = onnxgbp.Explainer(model, **options)
+    x, target = rng.standard_normal((3, 5)).astype(np.float32), rng.integers(0, 30, (3, count))
+    found = explainer(x, target)
+    np.testing.assert_array_equal(found.target, target)
+    assert max(explainer._of_several) <= 8
+    alone = [explainer(x, column) for column in target.T]
+    np.testing.assert_array_equal(found.scores, alone[0].scores)
+    maps = found.attribution if isinstance(found.attribution, dict) else {"": found.attribution}
+    for name, joined in maps.items():
+        wanted = np.stack([one.attribution[name] if name else one.attribution for one in alone], axis=1)
+        np.testing.assert_allclose(joined, wanted, rtol=1e-4, atol=1e-5)
+    if found.completeness_gap is not None:
+        gaps = np.stack([one.completeness_gap for one in alone], axis=1)
+        np.testing.assert_allclose(found.completeness_gap, gaps, rtol=1e-4, atol=1e-4)
+    with pytest.raises(
+        OnnxgbpError, match=rf"target has shape \[2, {count}\]: give \[3, {count}\], {count} per sample"
+    ):
+        explainer(x, target[:2])
