@@ -19,7 +19,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.given import InputSpec
 from onnxgbp.images import Preprocessing, in_type, photos_in, read
 
-__all__ = ["Batch", "batches", "checked_arrays", "inputs_of"]
+__all__ = ["Batch", "batches", "checked_arrays", "inputs_of", "whole"]
 
 Array = npt.NDArray[Any]
 
@@ -91,6 +91,21 @@ def batches(
         yield Batch(names, {name: np.stack([sample[name] for sample in filled]) for name in filled[0]})
     if not found:
         raise OnnxgbpError(f"no sample could be read from {path}")
+
+
+def whole(
+    path: str | Path, inputs: Sequence[InputSpec], metadata: Mapping[str, str], **options: Any
+) -> npt.NDArray[Any]:
+    """The samples of a data set for a model of one input in one array [M, ...]. The arguments are those of `batches`.
+
+    Raises:
+        OnnxgbpError: as there, or for samples of different shapes.
+    """
+    name = inputs[0].name
+    parts = [batch.feeds[name][: len(batch.names)] for batch in batches(path, inputs, metadata, **options)]
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise OnnxgbpError(f"the samples of {path} differ in shape: give --size and --crop, or samples of one shape")
+    return np.concatenate(parts)
 
 
 _Sample = tuple[str, dict[str, Array]]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from onnxgbp.data import batches
+from onnxgbp.data import whole
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explainer import Explainer
 from onnxgbp.explanation import Explanation
@@ -224,8 +224,7 @@ def baseline_of(explainer: Explainer, **preprocessing: Any) -> npt.NDArray[Any] 
         )
     if not isinstance(given, str):
         return None
-    inputs, metadata = explainer.inputs, explainer.metadata
-    return np.concatenate([batch.feeds[inputs[0].name] for batch in batches(given, inputs, metadata, **preprocessing)])
+    return whole(given, explainer.inputs, explainer.metadata, **preprocessing)
 
 
 def make_folder(out: Path, images: Sequence[Path]) -> None:

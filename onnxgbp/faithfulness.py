@@ -43,7 +43,7 @@ from onnxgbp.faithfulness_report import (
 from onnxgbp.files import result_folder
 from onnxgbp.given import InputSpec
 from onnxgbp.inputs import attributed
-from onnxgbp.maps import channel_axis, edges, smoothed, without_channels
+from onnxgbp.maps import channel_axis, edges, smoothed, with_baselines, without_channels
 from onnxgbp.metadata import refuse_converted
 from onnxgbp.methods import split_methods
 from onnxgbp.model import METADATA, Source, load, to_proto
@@ -83,7 +83,8 @@ def check_faithfulness(
     Args:
         model: a classifier of one input.
         images: as for `data.batches`: a folder of photos or a .npy.
-        methods: any that an `Explainer` takes, whose maps lie on the input's pixels.
+        methods: any that an `Explainer` takes, whose maps lie on the input's pixels; expected-gradients draws its
+            baselines from the samples.
         out: a folder for the curves and last `faithfulness.json`, with every sample's figures.
         output: the tensor to explain, as for `Explainer`: scores [N, K].
         boxes: a JSON object of the name of a file (without its folder; of an array: the index of the sample) and
@@ -113,7 +114,8 @@ def check_faithfulness(
     source = load(model)
     refuse_converted(source)
     options: dict[str, Any] = {"output": output, "provider": provider, "diagnose": False}
-    explainers = {name: Explainer(str(model), method=name, **options) for name in names}
+    besides = with_baselines(names, source, images, limit=limit, **preprocessing)
+    explainers = {name: Explainer(str(model), method=name, **options, **besides[name]) for name in names}
     first = explainers[names[0]]
     if len(first.inputs) != 1:
         raise OnnxgbpError(f"pixels are taken out of one input, and this model takes {len(first.inputs)}")

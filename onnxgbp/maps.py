@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxgbp.compare import rank_correlation
+from onnxgbp.data import inputs_of, whole
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.given import InputSpec
 from onnxgbp.images import Preprocessing
+from onnxgbp.methods import sampling_options
+from onnxgbp.model import Source
 from onnxgbp.render import PERCENTILE
 
 __all__ = [
@@ -24,6 +28,7 @@ __all__ = [
     "similarity",
     "smoothed",
     "ssim",
+    "with_baselines",
     "without_channels",
 ]
 
@@ -135,6 +140,32 @@ def smoothed(values: Array, sigma: float, axes: tuple[int, int] = (0, 1)) -> Flo
     for axis in axes:
         result = _correlated(result, weights / weights.sum(), axis)
     return result
+
+
+def with_baselines(
+    methods: Sequence[str], source: Source, images: str | Path, **options: Any
+) -> dict[str, dict[str, Any]]:
+    """What the `Explainer` of each method is given besides: to one that draws from baselines, the samples themselves.
+
+    Args:
+        methods: their names.
+        source: the model.
+        images: the samples, as for `data.batches`.
+        **options: for `data.batches`.
+
+    Raises:
+        OnnxgbpError: the samples cannot be baselines.
+    """
+    drawing = [name for name in methods if sampling_options(name, {}).get("baseline", 0) is None]
+    if not drawing:
+        return {name: {} for name in methods}
+    inputs = inputs_of(source.model.graph)
+    if len(inputs) != 1 or inputs[0].dtype.kind != "f":
+        raise OnnxgbpError(
+            f"{drawing[0]} draws its baselines from the samples, and these are no single float input: leave it out"
+        )
+    samples = whole(images, inputs, source.model.metadata_props, **options)
+    return {name: {"baseline": samples} if name in drawing else {} for name in methods}
 
 
 def edges(values: Array) -> Float:

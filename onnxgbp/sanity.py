@@ -26,7 +26,7 @@ from onnxgbp.explainer import Explainer
 from onnxgbp.explanation import Explanation
 from onnxgbp.files import result_folder
 from onnxgbp.images import Preprocessing, read
-from onnxgbp.maps import Likeness, channel_axis, likeness, similarity
+from onnxgbp.maps import Likeness, channel_axis, likeness, similarity, with_baselines
 from onnxgbp.methods import split_methods
 from onnxgbp.model import METADATA, load
 from onnxgbp.sanity_report import KINDS, RESULTS, Grid, MethodChecks, SanityReport, save_report
@@ -58,7 +58,7 @@ def check_sanity(
     Args:
         model: a classifier.
         images: as for `data.batches`: a folder of photos, a .npy or .npz.
-        methods: any that an `Explainer` takes.
+        methods: any that an `Explainer` takes; expected-gradients draws its baselines from the samples.
         out: a folder for the curves, the maps of the first sample where they are pictures, and last `sanity.json`.
         output: the tensor to explain, as for `Explainer`.
         limit: read no more samples than this.
@@ -80,7 +80,8 @@ def check_sanity(
         raise OnnxgbpError(f"the random seed is {random_seed}, not a number of 0 or more")
     random = [random_weights(layer, (random_seed, i), zero_mean=zero_mean) for i, layer in enumerate(opened.layers)]
     draw = np.random.default_rng((random_seed, len(random)))
-    checker = _Checker(opened, random, draw, names, output, provider, preprocessing)
+    besides = with_baselines(names, source, images, limit=limit, **preprocessing)
+    checker = _Checker(opened, random, draw, besides, output, provider, preprocessing)
     if out is not None:
         require_plots()
         result_folder(out, RESULTS)
@@ -117,14 +118,16 @@ class _Checker:
         opened: Opened,
         random: Sequence[dict[str, Array]],
         draw: np.random.Generator,
-        methods: Sequence[str],
+        methods: Mapping[str, dict[str, Any]],
         output: str | None,
         provider: str,
         preprocessing: Mapping[str, Any],
     ) -> None:
         self._layers, self._random, self._draw = opened.layers, random, draw
         options: dict[str, Any] = {"wrt": opened.wrt, "output": output, "provider": provider, "diagnose": False}
-        self._explainers = {name: Explainer(opened.model, method=name, **options) for name in methods}
+        self._explainers = {
+            name: Explainer(opened.model, method=name, **options, **besides) for name, besides in methods.items()
+        }
         first = next(iter(self._explainers.values()))
         self._trained = {name: array for layer in self._layers for name, array in layer.weights.items()}
         self.inputs = tuple(spec for spec in first.inputs if spec.name not in self._trained)

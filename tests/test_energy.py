@@ -15,7 +15,7 @@ from onnx import helper
 from PIL import Image
 
 from onnxgbp.cli import main
-from onnxgbp.data import batches
+from onnxgbp.data import batches, whole
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.given import InputSpec
 from onnxgbp.inspection import inspect_model
@@ -150,6 +150,16 @@ def test_a_fixed_batch_is_filled_up(tmp_path: Path) -> None:
     made = list(batches(tmp_path / "x.npy", [spec], {}, batch=3))
     assert [(len(batch.names), len(batch.feeds["x"])) for batch in made] == [(8, 8), (8, 8), (4, 8)]
     assert np.array_equal(np.concatenate([b.feeds["x"][: len(b.names)] for b in made]), X)
+
+
+def test_all_samples_in_one_array(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", X)
+    fixed = InputSpec("x", np.dtype(np.float32), (8, 5))  # the last batch ends in copies, which are no samples
+    assert np.array_equal(whole(tmp_path / "x.npy", [fixed], {}), X)
+    folder = photos(tmp_path / "p", (8, 8), (9, 8))
+    spec = InputSpec("x", np.dtype(np.float32), ("N", 3, "H", "W"))
+    with pytest.raises(OnnxgbpError, match=r"the samples of .* differ in shape: give --size and --crop"):
+        whole(folder, [spec], {})
 
 
 def test_a_photo_that_cannot_be_read_is_left_out_or_raised(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from onnx import helper
 from PIL import Image
 
 import onnxgbp
+from onnxgbp import Explainer
 from onnxgbp.cli import main
 from onnxgbp.faithfulness import check_faithfulness
 from onnxgbp.faithfulness_report import FaithfulnessReport, MethodFigures, SampleFigures
@@ -88,6 +89,30 @@ def test_curves_are_those_of_numpy(tmp_path: Path, data: Path, last: str, batch:
             assert area == pytest.approx(sum((a + b) / 40 for a, b in itertools.pairwise(wanted)), abs=1e-5)
         assert row.sensitivity is None
         assert row.hit is None
+
+
+@pytest.mark.parametrize("batch", ["N", 4])
+def test_expected_gradients_draw_from_the_samples(tmp_path: Path, data: Path, batch: int | str) -> None:
+    net = looking_net(tmp_path / "net.onnx", batch=batch)
+    found = check_faithfulness(net, data, methods="expected-gradients", baseline="mean", steps=20, noise_samples=0)
+    explainer = Explainer(looking_net(tmp_path / "free.onnx"), method="expected-gradients", baseline=X)
+    maps = np.abs(explainer(X).attribution).sum(axis=1).reshape(6, -1)
+    for x, one, row in zip(X.reshape(6, 3, -1), maps, of(found, "expected-gradients").rows, strict=True):
+        kept = np.where(np.argsort(np.argsort(-one)) < round(0.05 * one.size), x.mean(axis=1, keepdims=True), x)
+        score = kept.ravel().astype(np.float64) @ W[:, 1]
+        assert row.deletion[1] == pytest.approx(1 / (1 + np.exp(-score)), abs=1e-5)
+
+
+def test_samples_that_can_be_no_baselines_are_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["f"], to=1),
+        helper.make_node("ReduceMean", ["f"], ["y"], axes=[2, 3], keepdims=0),
+    ]
+    onnx.save(small_model(nodes, {"x": [1, 3, 8, 8]}, opset=17, dtype=onnx.TensorProto.UINT8), tmp_path / "net.onnx")
+    np.save(tmp_path / "x.npy", np.zeros((2, 3, 8, 8), np.uint8))
+    result = run(tmp_path / "net.onnx", "--images", tmp_path / "x.npy", "--methods", "gradient,expected-gradients")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: expected-gradients draws its baselines from the samples")
 
 
 def test_blurring_leaves_the_means_and_takes_the_edges(tmp_path: Path, data: Path) -> None:

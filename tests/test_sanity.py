@@ -140,6 +140,16 @@ def test_likeness_of_maps() -> None:
     np.testing.assert_allclose(last, (signed, absolute))
 
 
+def test_expected_gradients_draw_from_the_samples(dense: Path) -> None:
+    report = check_sanity(dense, dense.parent / "x.npy", methods="expected-gradients", random_seed=2)
+    explainer = Explainer(dense, method="expected-gradients", baseline=X)
+    trained = explainer(X)
+    scores = np.maximum(np.maximum(X @ W1, 0) @ W2, 0) @ W3
+    second = np.argsort(scores, axis=1)[:, -2]
+    pairs = zip(trained.attribution, explainer(X, second).attribution, strict=True)
+    assert report.methods[0].class_swap == pytest.approx(similarity([likeness(a, b, None) for a, b in pairs]), abs=1e-3)
+
+
 # --- weights as inputs ----------------------------------------------------------------------------
 
 
