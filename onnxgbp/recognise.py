@@ -46,6 +46,7 @@ _ELEMENTWISE = frozenset(
     "LeakyRelu Less LessOrEqual Log Max Min Mul Neg Not Or Pow Reciprocal Relu Selu Sigmoid Sign Softplus "
     "Softsign Sqrt Sub Tanh Where".split()
 )
+_COMPARES = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 _GATES = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
 _TRANSPARENT = frozenset(
     "Cast DequantizeLinear Expand Flatten Identity QuantizeLinear Reshape Squeeze Transpose Unsqueeze".split()
@@ -209,12 +210,21 @@ def _group(root: ir.Node, order: dict[ir.Node, int]) -> tuple[Activation, set[ir
         if match is None or (found is not None and match[0] not in ("Clip", "Relu6")):
             continue
         kind, arguments = match
+        if kind == "Identity":
+            return None  # no part of the activation before it, but one of those that read it
+        if kind == "Clip" and arguments["min"] != 0 and any(_is_relu(node, order) for node in group - {root}):
+            continue  # -Relu(-x) is min(x, 0), and yet a ReLU, which meets the gradient with the other sign
         spelled = " ".join(node.op_type for node in sorted(group, key=order.__getitem__))
         found = _activation(kind, root, x, arguments, spelled), group
         if kind not in ("Clip", "Relu", "Relu6"):
             break  # the nearest counts, so that no linear step before it is swallowed
         # A bound may have its other half further back: Min(Max(x, 0), 6) is a ReLU6, not a Clip of a ReLU.
     return found
+
+
+def _is_relu(node: ir.Node, order: dict[ir.Node, int]) -> bool:
+    found = _single(node) or (_group(node, order) or (None, set()))[0]
+    return found is not None and found.kind == "Relu"
 
 
 def _entries(root: ir.Node, order: dict[ir.Node, int]) -> Iterator[tuple[ir.Value, set[ir.Node]]]:
@@ -259,20 +269,30 @@ def _match(
     root: ir.Node, x: ir.Value, group: set[ir.Node], order: dict[ir.Node, int]
 ) -> tuple[str, dict[str, Any]] | None:
     evaluate = _function(root, x, sorted(group, key=order.__getitem__))
-    y = evaluate(_GRID)
-    if y is None or y.shape != _GRID.shape:
+    points = np.concatenate([_GRID, _jumps(group)])
+    y = evaluate(points)
+    if y is None or y.shape != points.shape:
         return None
     for kind, guess, formula in _FAMILIES:
-        arguments = guess(_GRID, y)
+        arguments = guess(points, y)
         if arguments is None:
             continue
         with np.errstate(all="ignore"):
-            wanted = formula(_GRID, **arguments)
+            wanted = formula(points, **arguments)
         # Bounds are exact, or an epsilon behind one would pass for a part of it.
-        tolerance = 0.0 if kind in ("Relu", "Relu6", "Clip") else _tolerance(x)
+        tolerance = 0.0 if kind in ("Identity", "Relu", "Relu6", "Clip") else _tolerance(x)
         if np.all(np.abs(y - wanted) <= tolerance * (1 + np.abs(wanted))):
             return kind, arguments
     return None
+
+
+def _jumps(group: set[ir.Node]) -> Array:
+    """Where the function may jump, and right beside: at what x is compared with, or at its negative."""
+    compared = [source for node in group if node.op_type in _COMPARES for source in node.inputs]
+    bounds = {abs(float(value)) for source in compared if (value := uniform_value(source)) is not None}
+    ends = np.array(sorted(bound for bound in bounds if 0 < bound < 9))
+    beside = np.concatenate([np.nextafter(ends, 0), ends, np.nextafter(ends, np.inf)])
+    return np.concatenate([-beside, beside])
 
 
 def _tolerance(x: ir.Value) -> float:
@@ -345,6 +365,22 @@ def _elu(points: Array, y: Array) -> dict[str, Any] | None:
     return {"alpha": alpha} if np.isfinite(alpha) and alpha > 0 else None
 
 
+def _shrink(points: Array, y: Array) -> dict[str, Any] | None:
+    lambd = _jump(np.abs(points), y)
+    return {"lambd": lambd, "bias": 60.0 - _at(points, y, 60.0)} if lambd is not None else None
+
+
+def _thresholded(points: Array, y: Array) -> dict[str, Any] | None:
+    alpha = _jump(points, y)
+    return {"alpha": alpha} if alpha is not None else None
+
+
+def _jump(points: Array, y: Array) -> float | None:
+    """Up to where y is zero, if the next point stands right beside; else it could be anywhere between the two."""
+    zero, beyond = points[y == 0].max(initial=-np.inf), points[y != 0].min(initial=np.inf)
+    return float(zero) if zero < beyond <= zero + 1e-12 else None
+
+
 def _clip(points: Array, y: Array) -> dict[str, Any] | None:
     low, high = _at(points, y, -60.0), _at(points, y, 60.0)
     bounds = {"min": low if low > -50 else None, "max": high if high < 50 else None}  # the grid ends at 60
@@ -365,6 +401,7 @@ def _hard_sigmoid(points: Array, y: Array) -> dict[str, Any] | None:
 
 # kind, its parameters as read off the values on the grid (None: cannot be), its formula.
 _FAMILIES: list[tuple[str, Callable[[Array, Array], dict[str, Any] | None], Callable[..., Array]]] = [
+    ("Identity", _fixed, lambda x: x),  # no activation
     ("Relu", _fixed, lambda x: np.maximum(x, 0)),
     ("Relu6", lambda p, y: {"min": 0.0, "max": 6.0}, lambda x, min, max: np.clip(x, min, max)),
     ("Swish", _swish, lambda x, alpha: x * _sigmoid(alpha * x)),
@@ -384,6 +421,8 @@ _FAMILIES: list[tuple[str, Callable[[Array, Array], dict[str, Any] | None], Call
         lambda x, alpha, gamma: gamma * np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0))),
     ),
     ("HardSigmoid", _hard_sigmoid, lambda x, alpha, beta: np.clip(alpha * x + beta, 0, 1)),
+    ("Shrink", _shrink, lambda x, lambd, bias: np.where(np.abs(x) > lambd, x - np.sign(x) * bias, 0)),
+    ("ThresholdedRelu", _thresholded, lambda x, alpha: np.where(x > alpha, x, 0)),
     ("Clip", _clip, lambda x, min, max: np.clip(x, min, max)),
 ]
 assert {kind for kind, _, _ in _FAMILIES} >= {"Relu", "Relu6"}  # `--activations relu` finds both in any spelling

@@ -809,6 +809,55 @@ def _spellings() -> dict[str, tuple[str, Spelling]]:
                 17,
             ),
         ),
+        "Shrink of torch, hard": (
+            "Shrink",
+            (
+                [
+                    node("Abs", ["x"], ["a"]),
+                    node("LessOrEqual", ["a", "l"], ["in_"]),
+                    node("Where", ["in_", "zero", "x"], ["y"]),
+                ],
+                {"l": f32(0.7), "zero": zero},
+                17,
+            ),
+        ),
+        "Shrink of torch, hard, as two comparisons": (
+            "Shrink",
+            (
+                [
+                    node("Greater", ["x", "l"], ["above"]),
+                    node("Less", ["x", "minus"], ["below"]),
+                    node("Or", ["above", "below"], ["out"]),
+                    node("Where", ["out", "x", "zero"], ["y"]),
+                ],
+                {"l": f32(0.7), "minus": f32(-0.7), "zero": zero},
+                17,
+            ),
+        ),
+        "Shrink of torch, soft": (
+            "Shrink",
+            (
+                [
+                    node("Abs", ["x"], ["a"]),
+                    node("Greater", ["a", "l"], ["out"]),
+                    node("Sign", ["x"], ["s"]),
+                    node("Mul", ["s", "l"], ["m"]),
+                    node("Sub", ["x", "m"], ["shrunk"]),
+                    node("Mul", ["x", "zero"], ["none"]),
+                    node("Where", ["out", "shrunk", "none"], ["y"]),
+                ],
+                {"l": f32(0.7), "zero": zero},
+                17,
+            ),
+        ),
+        "ThresholdedRelu of torch": (
+            "ThresholdedRelu",
+            (
+                [node("LessOrEqual", ["x", "t"], ["low"]), node("Where", ["low", "zero", "x"], ["y"])],
+                {"t": f32(0.3), "zero": zero},
+                17,
+            ),
+        ),
         "Relu through float16": (
             "Relu",
             (
@@ -903,6 +952,31 @@ def _alike() -> dict[str, tuple[Spelling, list[str]]]:
             ([node("Max", ["x", "bounds"], ["y"])], {"bounds": f32([0, 0, 0, 1])}, 17),
             [],
         ),
+        "x where 2 |x| > 1, a jump that stands nowhere": (
+            (
+                [
+                    node("Abs", ["x"], ["a"]),
+                    node("Mul", ["a", "two"], ["m"]),
+                    node("Greater", ["m", "one"], ["out"]),
+                    node("Where", ["out", "x", "zero"], ["y"]),
+                ],
+                {"one": f32(0.9), "two": two, "zero": f32(0)},
+                17,
+            ),
+            [],
+        ),
+        "-Relu(-x)": (
+            ([node("Neg", ["x"], ["n"]), node("Relu", ["n"], ["r"]), node("Neg", ["r"], ["y"])], {}, 17),
+            ["Relu"],
+        ),
+        "-Max(-x, 0)": (
+            (
+                [node("Neg", ["x"], ["n"]), node("Max", ["n", "zero"], ["r"]), node("Neg", ["r"], ["y"])],
+                {"zero": f32(0)},
+                17,
+            ),
+            ["Relu"],
+        ),
         "x * x": (([node("Mul", ["x", "x"], ["y"])], {}, 17), []),
         "-(-x)": (([node("Neg", ["x"], ["n"]), node("Neg", ["n"], ["y"])], {}, 17), []),
         "x / 2": (([node("Div", ["x", "two"], ["y"])], {"two": two}, 17), []),
@@ -950,6 +1024,37 @@ def test_an_epsilon_behind_a_relu_is_no_part_of_it() -> None:
     model = _spelled((nodes, {"zero": f32(0), "epsilon": f32(1e-7)}, 17))
     (choice,) = onnxgbp.GradientGraph.build(onnxgbp.load(model), target="seed").choices().values()
     assert (choice.name, choice.activation.kind, choice.rule) == ("relu", "Relu", "guided")
+
+
+@pytest.mark.parametrize("made", [["Relu"], ["Sigmoid", "Mul"]])
+@pytest.mark.parametrize("behind", [["Identity"], ["Mul"], ["Neg", "Neg"]])
+def test_an_identity_behind_an_activation_is_no_part_of_it(made: list[str], behind: list[str]) -> None:
+    """The rule meets the sum of what two readers send back, one of them behind an identity, as it would without."""
+    nodes = [node("Relu", ["x"], ["r"])]
+    if made != ["Relu"]:
+        nodes = [node("Sigmoid", ["x"], ["s"]), node("Mul", ["x", "s"], ["r"])]
+    nodes += [node("Mul", ["r", "w"], ["weighed"])]
+    through, last = [], "r"
+    for i, operator in enumerate(behind):
+        through.append(node(operator, [last, "one"] if operator == "Mul" else [last], [f"i{i}"]))
+        last = f"i{i}"
+    constants = {"w": f32([-2, -2, -0.5, -0.5]), "one": f32(1)}
+    direct = _spelled(([*nodes, node("Add", ["r", "weighed"], ["y"])], constants, 17))
+    model = _spelled(([*nodes, *through, node("Add", [last, "weighed"], ["y"])], constants, 17))
+    feeds = {"in": f32([[1, -1, 2, -2]]), "seed": np.ones((1, 4), np.float32)}
+    want, got = (ort_run(onnxgbp.convert(one, target="seed"), feeds)["attribution"] for one in (direct, model))
+    assert want[0, 0] == 0 < want[0, 2]
+    assert np.array_equal(got, want)
+    graph = onnxgbp.GradientGraph.build(onnxgbp.load(model), target="seed")
+    assert [choice.activation.y.name for choice in graph.choices().values()] == ["r"]
+
+
+def test_a_relu_between_two_negations_meets_the_gradient_turned_round() -> None:
+    nodes = [node("Neg", ["x"], ["n"]), node("Relu", ["n"], ["r"]), node("Neg", ["r"], ["y"])]
+    feeds = {"in": f32([[-1, -1, 1, 1]]), "seed": f32([[1, -1, 1, -1]])}
+    for options in ({}, {"activations": "relu"}):
+        model = onnxgbp.convert(_spelled((nodes, {}, 17)), target="seed", **options)
+        assert ort_run(model, feeds)["attribution"].tolist() == [[0, -1.5, 0, 0]]
 
 
 def test_the_parts_of_a_group_that_others_read_stay_activations() -> None:
