@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -604,6 +606,63 @@ def faithfulness(model: Path, as_json: bool, **options: Any) -> None:
 
     report = check_faithfulness(model, progress=lambda line: click.echo(line, err=True), **options)
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
+
+
+@contextlib.contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Steps on stderr where someone watches, from the first on: what is refused before leaves one line alone."""
+    with contextlib.ExitStack() as stack:
+        drawn: list[Any] = []
+
+        def step(done: int, count: int, what: str) -> None:
+            if sys.stderr.isatty() and not drawn:
+                look: dict[str, Any] = {"show_pos": True, "show_eta": False, "item_show_func": lambda item: item}
+                bar = click.progressbar(length=count, label=label, file=sys.stderr, **look)
+                drawn.append(stack.enter_context(bar))
+            for bar in drawn:
+                bar.update(done - bar.pos, what)
+
+        yield step
+
+
+@main.command()
+@_model
+@click.option("--images", required=True, type=click.Path(path_type=Path), help="A folder of photos, or a photo.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The HTML file to write.")
+@click.option("--methods", metavar="METHOD,...", help="What is shown: any that explain takes.  [default: eight]")
+@_class
+@click.option("--output", metavar="TENSOR", help="The tensor to explain.  [default: the scores]")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Show this many photos.")
+@click.option(
+    "--evaluate",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    help="Photos that sanity checks and faithfulness look at; 0 for neither.",
+)
+@click.option("--random-seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is drawn.")
+@_prepare
+def report(model: Path, images: Path, out: Path, **options: Any) -> None:
+    """Writes one HTML file on MODEL: its audit, photos with their maps, sanity, faithfulness and health.
+
+    The file needs no network and no other file. Started again after it was stopped, the command goes on: what is done
+    is kept in OUT.parts until the file is there.
+    """
+    from onnxgbp.html_report import write_report  # Pillow, onnxruntime and jinja2: only here
+
+    held: list[str] = []  # lines would break the bar
+    try:
+        with _bar("report") as progress:
+            failed = write_report(model, images, out, progress=progress, complain=held.append, **options)
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted: what is done stays in {out}.parts, and the same command goes on", err=True)
+        raise click.exceptions.Exit(130) from None
+    finally:
+        for line in held:
+            click.echo(f"Error: {line}", err=True)
+    click.echo(str(out))
+    if failed:
+        raise click.ClickException(f"{len(failed)} of the photos could not be explained; the report is done")
 
 
 @main.command()

@@ -74,6 +74,7 @@ def check_faithfulness(
     random_seed: int = 0,
     provider: str = "auto",
     progress: Callable[[str], Any] | None = None,
+    on_error: Callable[[str], Any] | None = None,
     **preprocessing: Any,
 ) -> FaithfulnessReport:
     """Measures each method's maps of the strongest class over all samples.
@@ -98,6 +99,7 @@ def check_faithfulness(
         random_seed: of the random map, the noise and the order of equal pixels.
         provider: as for `Explainer`.
         progress: is told how many samples are done.
+        on_error: as for `data.batches`.
         **preprocessing: overrides of what the model's metadata says.
 
     Raises:
@@ -134,7 +136,8 @@ def check_faithfulness(
     sides = None if known_boxes is None else Boxes(known_boxes, first.metadata, spec, preprocessing)
     rows: dict[str, list[SampleFigures]] = {name: [] for name in mappers}
     done: list[str] = []
-    for batch in batches(images, [spec], first.metadata, batch=_TOGETHER, limit=limit, **preprocessing):
+    reading: dict[str, Any] = {"batch": _TOGETHER, "limit": limit, "on_error": on_error, **preprocessing}
+    for batch in batches(images, [spec], first.metadata, **reading):
         run = _Run(batch, spec, axis, scorer, baseline, steps, noise_samples, radius, rng, sides)
         target = first(batch.feeds).target
         for name, mapper in mappers.items():

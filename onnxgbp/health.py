@@ -56,6 +56,7 @@ def model_health(
     activations: str | Sequence[str] = "all",
     limit: int = 1000,
     threshold: float = 0.01,
+    **preprocessing: Any,
 ) -> Findings:
     """Measures every activation y = f(x) of a model over data, and the gradient dy that arrives at it.
 
@@ -85,6 +86,7 @@ def model_health(
         activations: see there.
         limit: look at no more samples than this.
         threshold: between 0 and 1.
+        **preprocessing: overrides of what the model's metadata says of photos, as for `data.batches`.
 
     Raises:
         OnnxgbpError: the model, the data or an option cannot be used, or matplotlib is missing and `out` is given.
@@ -107,7 +109,7 @@ def model_health(
         graph = GradientGraph.build(raised(graph.source, _RAISED_OPSET), **place)
     axes = {activation.y.name or "": unit_axis(activation) for activation in graph.found}
     run = runnable(session, graph.measured(health_measure(axes, threshold), **look))
-    reader = _Reader(data, graph, limit)
+    reader = _Reader(data, graph, limit, preprocessing)
     sums = dict[str, Sums]()
     for batch in reader:
         if folder is not None and not sums:
@@ -151,8 +153,8 @@ def model_health(
 class _Reader:
     """The data in batches, without what cannot be read, and what holds numbers that are not finite."""
 
-    def __init__(self, data: str | Path, graph: GradientGraph, limit: int) -> None:
-        self._data, self._limit = Path(data), limit
+    def __init__(self, data: str | Path, graph: GradientGraph, limit: int, preprocessing: Mapping[str, Any]) -> None:
+        self._data, self._limit, self._preprocessing = Path(data), limit, preprocessing
         if not self._data.exists():
             raise OnnxgbpError(f"cannot read {data}: no such file or folder")
         self._metadata = graph.source.model.metadata_props
@@ -164,7 +166,8 @@ class _Reader:
 
     def __iter__(self) -> Iterator[Batch]:
         unread = list[str]()
-        for batch in batches(self._data, self._inputs, self._metadata, limit=self._limit, on_error=unread.append):
+        reading: dict[str, Any] = {"limit": self._limit, "on_error": unread.append, **self._preprocessing}
+        for batch in batches(self._data, self._inputs, self._metadata, **reading):
             kept = self._whole(batch)
             self.samples += len(kept)
             if kept:

@@ -49,6 +49,7 @@ def check_sanity(
     zero_mean: bool = False,
     provider: str = "auto",
     progress: Callable[[str], Any] | None = None,
+    on_error: Callable[[str], Any] | None = None,
     **preprocessing: Any,
 ) -> SanityReport:
     """Runs the checks for each method over all samples.
@@ -66,6 +67,7 @@ def check_sanity(
         zero_mean: draw the weights around 0 as initialisers do, not around each weight's own mean.
         provider: as for `Explainer`.
         progress: is told how many samples are done.
+        on_error: as for `data.batches`.
         **preprocessing: overrides of what the model's metadata says.
 
     Raises:
@@ -87,7 +89,7 @@ def check_sanity(
         result_folder(out, RESULTS)
     grid: Grid | None = None
     read_so_far: list[str] = []
-    for batch in batches(images, checker.inputs, checker.metadata, limit=limit, **preprocessing):
+    for batch in batches(images, checker.inputs, checker.metadata, limit=limit, on_error=on_error, **preprocessing):
         shown = checker.add(batch, show=out is not None and not read_so_far)
         if shown is not None:
             grid = Grid(shown, *_photo(batch.names[0], checker, preprocessing))

@@ -125,6 +125,7 @@ def test_the_wheel_holds_the_package_alone(built: Built) -> None:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     package = ROOT / "onnxgbp"
     wanted = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py")} | {"onnxgbp/py.typed"}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in (package / "templates").iterdir()}
     assert held == wanted
 
 
