@@ -9,29 +9,49 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "bench.json"
 
 HEAD = """\
-| network, batch | forward | guided | x forward | gradient, x forward | Captum | Captum / ours | memory, x forward |
-|---|---|---|---|---|---|---|---|"""
+| network, batch | forward, ms | guided, ms | x forward | gradient, x forward | memory, x forward | Captum | torch | \
+ORT training | onnx-ad | OpenVINO |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+LEGEND = """\
+Times of others are multiples of ours: Captum's guided backpropagation, in its faster layout, of our guided; the
+gradients of torch's autograd, of onnxruntime-training and of onnx-ad, these two from the same `.onnx` file, of our
+gradient. OpenVINO runs our file of the `portable` profile, guided: the multiple is of its own forward pass."""
 
 
 def bench_markdown() -> str:
-    """The table of the rows that compare with peers, and a line on where it was measured."""
+    """The table of the rows that compare with peers, why some have none, and a line on where it was measured."""
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = [row for row in rows if not row.get("growth") and not row.get("targets") and row["case"] != "convert"]
     cases: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        if not row.get("growth") and not row.get("targets") and row["case"] != "convert":
+        if "error" not in row:
             cases.setdefault((row["network"], row["batch"]), {})[row["case"]] = row
     lines = [HEAD]
     for (network, batch), found in cases.items():
         forward, guided, gradient = (found[case] for case in ("forward", "guided", "gradient"))
-        captum = min(_time(row)[0] for case, row in found.items() if case.startswith("captum"))
-        spent, ratio = _time(guided)
-        lines.append(
-            f"| {network}, {batch} | {_time(forward)[0]:.1f} ms | {spent:.1f} ms | {ratio:.2f} | "
-            f"{_time(gradient)[1]:.2f} | {captum:.1f} ms | {captum / spent:.1f} | {guided['rss_ratio']:.1f} |"
-        )
-    for machine in sorted({_machine(row) for row in rows}):
+        cells = [
+            *(f"{network}, {batch}", f"{_time(forward)[0]:.1f}", f"{_time(guided)[0]:.1f}"),
+            *(f"{_time(guided)[1]:.2f}", f"{_time(gradient)[1]:.2f}", f"{guided['rss_ratio']:.1f}"),
+            _against(found, guided, "captum guided", "captum guided channels_last"),
+            *(_against(found, gradient, f"{peer} gradient") for peer in ("torch", "onnxruntime-training", "onnx-ad")),
+            _against(found, found.get("openvino forward"), "openvino guided", digits=2),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", LEGEND]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "error" in row:
+            reasons.setdefault((row["case"], row["error"]), []).append(f"{row['network']}, {row['batch']}")
+    lines += ["", *(f"- {case}: {reason} ({'; '.join(where)})" for (case, reason), where in reasons.items())]
+    for machine in _machines(rows):
         lines += ["", machine]
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\n\n\n", "\n\n")
+
+
+def _against(found: dict[str, dict[str, Any]], ours: dict[str, Any] | None, *cases: str, digits: int = 1) -> str:
+    """The least time of these cases as a multiple of ours; nothing where none was measured."""
+    times = [_time(found[case])[0] for case in cases if case in found]
+    return f"{min(times) / _time(ours)[0]:.{digits}f}" if times and ours else ""
 
 
 def _time(row: dict[str, Any]) -> tuple[float, float]:
@@ -41,7 +61,11 @@ def _time(row: dict[str, Any]) -> tuple[float, float]:
     return row["median_ms"], row["ratio"]
 
 
-def _machine(row: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if name != "onnxgbp")
-    threads = "CPU time of 1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
-    return f"{row['cpu']}, {threads}, provider {row['provider']}; {versions}."
+def _machines(rows: list[dict[str, Any]]) -> list[str]:
+    """Where it was measured, and with which versions: each peer has an environment of its own."""
+    versions: dict[str, dict[str, None]] = {}
+    for row in rows:
+        threads = "CPU time of 1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
+        known = versions.setdefault(f"{row['cpu']}, {threads}, provider {row['provider']}", {})
+        known |= {f"{name} {version}": None for name, version in row["versions"].items() if name != "onnxgbp"}
+    return [f"{machine}; {', '.join(known)}." for machine, known in sorted(versions.items())]

@@ -1,11 +1,15 @@
 """One thing to measure in a process of its own: makes it ready, then runs it as often as each line of stdin says.
 
-What it prints is JSON, a line when it is ready and a line for each line read.
+A line is the number of calls and the seconds after which none is begun; one is made in any case. What it prints is
+JSON, a line when it is ready and a line for each line read. It runs in the environments of the peers as well, which
+have numpy and what they need themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import json
 import resource
 import sys
@@ -21,7 +25,11 @@ import numpy.typing as npt
 Call = Callable[[], object]
 Array = npt.NDArray[np.float32]
 
-WARM_UP = 2  # calls before the first that counts
+WARM_UP = 1  # calls before the first turn, each of which begins with one that does not count
+PACKAGES = (
+    *("onnxgbp", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-training-cpu", "onnx-ad", "openvino"),
+    *("torch", "captum"),
+)
 
 
 def _image(batch: int, size: int) -> Array:
@@ -41,6 +49,10 @@ def _onnxruntime(task: dict[str, Any]) -> Call:
     feeds: dict[str, npt.NDArray[Any]] = {"x": _image(task["batch"], task["size"])}
     if task.get("targets"):
         feeds["target"] = np.array(task["targets"], np.int64)
+    for value in session.get_inputs():
+        if value.name not in feeds:  # a peer's seed, onnx-ad's with a dim more for several of them
+            feeds[value.name] = np.zeros([task["batch"], value.shape[1], *[1] * (len(value.shape) - 2)], np.float32)
+            feeds[value.name][:, 0] = 1
     return lambda: session.run(None, feeds)
 
 
@@ -48,8 +60,9 @@ def _openvino(task: dict[str, Any]) -> Call:
     core = importlib.import_module("openvino").Core()
     # It takes bfloat16 by default where the processor has it, which moves a map by most of its range.
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": task["threads"]}
-    compiled = core.compile_model(task["model"], "CPU", config)
-    image = _image(task["batch"], task["size"])
+    model, image = core.read_model(task["model"]), _image(task["batch"], task["size"])
+    model.reshape(list(image.shape))  # a free batch costs it up to a quarter
+    compiled = core.compile_model(model, "CPU", config)
     return lambda: compiled([image])
 
 
@@ -106,6 +119,14 @@ def peak_mb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
 def main() -> None:
     task = json.loads(sys.argv[1])
     start = time.perf_counter()
@@ -113,11 +134,13 @@ def main() -> None:
     ready = time.perf_counter() - start
     for _ in range(WARM_UP):
         call()
-    print(json.dumps({"load_s": ready}), flush=True)
+    print(json.dumps({"load_s": ready, "versions": _versions()}), flush=True)
     for line in sys.stdin:
-        times, spent = [], []
+        calls, seconds = (float(part) for part in line.split())
+        times, spent = list[float](), list[float]()
         call()  # the processes take turns: the caches are cold
-        for _ in range(int(line)):
+        end = time.perf_counter() + seconds
+        while not times or (len(times) < calls and time.perf_counter() < end):
             start, used = time.perf_counter(), time.process_time()
             call()
             times.append(1000 * (time.perf_counter() - start))
