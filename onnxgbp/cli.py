@@ -299,22 +299,42 @@ def _forget_defaults(options: dict[str, Any]) -> None:
     help="The folder for pictures, arrays and manifest.json.",
 )
 @_what
+@click.option(
+    "--methods",
+    metavar="METHOD,...",
+    callback=_parsed(lambda names: tuple(parse_method(name) for name in names.split(",")) if names else ()),
+    help="Several methods in the place of --method, side by side in grid.png.",
+)
 @_class
 @_seed_scale("auto")
 @_sampling
 @_prepare
+@click.option("--vocab", type=click.Path(path_type=Path), help="Of tokens: vocab.txt, vocab.json or tokenizer.json.")
+@click.option(
+    "--reduce", type=click.Choice(["sum", "l2"]), help="Of a token's attribution over its embedding.  [default: sum]"
+)
+@click.option(
+    "--features", type=click.Path(path_type=Path), help="Names of features or channels: one a line, or a JSON list."
+)
+@click.option(
+    "--draw",
+    type=click.Choice(["signal", "table"]),
+    help="How rows of numbers are drawn.  [default: a table, a signal from 101 numbers without names]",
+)
 def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
-    """Explains photos: pictures, arrays and a manifest in a folder.
+    """Explains photos and arrays: pictures, arrays and a manifest in a folder.
 
     MODEL is an .onnx file; without it a clone's own SqueezeNet is used (tools/demo builds it). How an image is
-    prepared stands in the model's metadata; the options override it.
+    prepared stands in the model's metadata; the options override it. IMAGE may be a folder of photos too, a .npy with
+    samples along its first axis, or a .npz with an array for each input: signals, token ids and tables are drawn as
+    such. These and --methods need the extra `plots`.
     """
     from onnxgbp.explain import explain_images  # Pillow and onnxruntime: only here
 
     _forget_defaults(options)
     failed = explain_images(paths, out, echo=click.echo, **options)
     if failed:
-        raise click.ClickException(f"{len(failed)} of the images could not be explained; the others are done")
+        raise click.ClickException(f"{len(failed)} of the inputs could not be explained; the others are done")
 
 
 @main.command()

@@ -25,8 +25,12 @@ class Panel:
     low: float = 0.0  # where the y axis starts; it ends at 1
 
 
-def require_plots() -> Any:
+def require_plots(drawn: str = "curves", way_out: str = ", or leave -o out") -> Any:
     """matplotlib's Figure, which draws without a display and without global state.
+
+    Args:
+        drawn: what it is needed for, in words.
+        way_out: besides installing it.
 
     Raises:
         OnnxgbpError: matplotlib is not installed.
@@ -35,7 +39,7 @@ def require_plots() -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise OnnxgbpError(
-            "curves are drawn with matplotlib, which is not installed: pip install 'onnxgbp[plots]', or leave -o out"
+            f"{drawn} are drawn with matplotlib, which is not installed: pip install 'onnxgbp[plots]'{way_out}"
         ) from None
     return Figure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from pathlib import Path
 
 from onnxgbp.errors import OnnxgbpError
 
-__all__ = ["durable_file", "output_file", "result_folder", "write"]
+__all__ = ["MANIFEST", "durable_file", "listed_files", "output_file", "result_folder", "write"]
+
+MANIFEST = "manifest.json"
 
 
 def write(path: Path, data: bytes) -> None:
@@ -55,6 +58,18 @@ def result_folder(out: Path, last: str) -> None:
     with output_file(out / f"{last}.tmp"):  # found out before the work, not after it
         pass
     (out / f"{last}.tmp").unlink(missing_ok=True)
+
+
+def listed_files(folder: Path) -> list[str]:
+    """The files of a folder that a manifest of ours lists there; none where there is none, or it is not ours."""
+    try:
+        said = json.loads((folder / MANIFEST).read_bytes())
+        entries = said["channels" if "layer" in said else "images"]  # `neurons` writes the one, `explain` the other
+        names = [str(name) for entry in entries for name in entry.get("files", {}).values()]
+        names += [str(name) for name in said.get("files", {}).values()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
+    return [name for name in names if Path(name).name == name]
 
 
 @contextlib.contextmanager

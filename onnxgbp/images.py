@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from onnxgbp.emit import shape_text
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.files import listed_files
 from onnxgbp.given import InputSpec
 from onnxgbp.model import METADATA
 
@@ -181,10 +182,12 @@ def photos_in(folder: Path) -> list[Path]:
     Raises:
         OnnxgbpError: it cannot be read, or holds none.
     """
+    made = listed_files(folder)
     try:
         inside = sorted(path for path in folder.iterdir() if is_photo(path.name) and path.is_file())
     except OSError as error:
         raise OnnxgbpError(f"cannot read {folder}: {error.strerror}") from None
+    inside = [path for path in inside if path.name not in made]
     if not inside:
         raise OnnxgbpError(f"no image in the folder {folder}: looked for {', '.join(sorted(SUFFIXES))}")
     return inside
@@ -248,7 +251,7 @@ class _Shape:
         dims = [dim if isinstance(dim, int) and dim > 0 else None for dim in spec.shape]
         given = f"{spec} of shape {shape_text(spec.shape)}"
         if len(dims) != 4:
-            raise OnnxgbpError(f"{given} takes no pictures: use onnxgbp.Explainer on arrays")
+            raise OnnxgbpError(f"{given} takes no pictures: give arrays, a .npy or .npz")
         if layout not in _LAYOUTS:
             # Three or one at the end, and not at the front, can only be channels there.
             layout = "nhwc" if dims[3] in (1, 3) and dims[1] not in (1, 3) else "nchw"
@@ -256,7 +259,7 @@ class _Shape:
         if channels not in (None, 1, 3):
             raise OnnxgbpError(
                 f"{given} has {channels} channels as {layout}, where a picture "
-                "has 1 or 3: use onnxgbp.Explainer on arrays, or give --layout"
+                "has 1 or 3: give arrays, a .npy or .npz, or --layout"
             )
         return cls(layout, channels, height, width, 1 / 255 if spec.dtype.kind == "f" else 1.0)
 

@@ -17,7 +17,7 @@ from onnxgbp.emit import dims_of, is_float
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explained import find_tensor
 
-__all__ = ["Attributed", "attributed", "integer_ranges"]
+__all__ = ["Attributed", "attributed", "integer_ranges", "made_of"]
 
 # What is made by these does not depend on the values of what they read, or is a place, not a value.
 _SHAPES = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "NonZero"})
@@ -102,6 +102,21 @@ def integer_ranges(graph: ir.Graph) -> dict[str, range]:
         ranges[name] = range(min(len(ranges.get(name, range(_FEW))), lookup.rows or _FEW))
     numbers = found.samples() or ({} if found.lookups else found.integers(2))
     return ranges | {v.name or "": range(1, 128 if v.dtype in _SAMPLES else _FEW) for v in numbers.values()}
+
+
+def made_of(graph: ir.Graph, name: str) -> tuple[str, ...]:
+    """The inputs whose numbers a tensor is computed from, in their order; () where there is no such tensor."""
+    inputs = {value.name: value for value in graph.inputs if not value.is_initializer()}
+    tensors = inputs | {value.name: value for node in graph for value in node.outputs}
+    found, waiting = set[ir.Value](), [tensors[name]] if name in tensors else []
+    while waiting:
+        value = waiting.pop()
+        node = value.producer()
+        if value in found or (node is not None and node.op_type in _SHAPES):
+            continue
+        found.add(value)
+        waiting += [read for read in (node.inputs if node is not None else ()) if read is not None]
+    return tuple(value.name or "" for value in inputs.values() if value in found)
 
 
 class _Integers:

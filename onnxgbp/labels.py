@@ -1,4 +1,4 @@
-"""The names of the classes, where a model's metadata holds them."""
+"""The names of the classes and of the features, where a model's metadata or a file holds them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import ast
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.model import METADATA
 
-__all__ = ["find_label", "labels_of"]
+__all__ = ["feature_names", "find_label", "labels_of"]
 
 # Ours first; the others are what exporters of detectors and classifiers write, as JSON or as a Python literal.
 _KEYS = (METADATA + "labels", "labels", "names", "classes", "class_names")
@@ -35,6 +36,30 @@ def labels_of(metadata: Mapping[str, str]) -> list[str]:
         if key == _KEYS[0]:
             raise OnnxgbpError(f"the model's metadata '{key}' is no JSON list of class names")
     return []
+
+
+def feature_names(path: Path | None, metadata: Mapping[str, str]) -> list[str]:
+    """The names of the features (of the channels of a signal): those of a file, a name on each line or a JSON list;
+    without a file the JSON list under `onnxgbp.features` in the model's metadata; [] where there is neither.
+
+    Raises:
+        OnnxgbpError: the file cannot be read or holds no name, or the metadata's entry is no JSON list.
+    """
+    if path is None:
+        said = _read(metadata.get(METADATA + "features", "[]"))
+        if not isinstance(said, list):
+            raise OnnxgbpError(f"the model's metadata '{METADATA}features' is no JSON list of names")
+        return [str(name) for name in said]
+    try:
+        text = path.read_text("utf-8-sig")
+    except OSError as error:
+        raise OnnxgbpError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise OnnxgbpError(f"cannot read {path}: it is no text in UTF-8") from None
+    listed = _read(text) if path.suffix.lower() == ".json" else text.rstrip().splitlines()
+    if not isinstance(listed, list) or not listed:
+        raise OnnxgbpError(f"{path} holds no names: write one on each line, or a JSON list")
+    return [str(name).strip() for name in listed]
 
 
 def _read(text: str) -> object:

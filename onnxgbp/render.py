@@ -10,7 +10,7 @@ from PIL import Image
 
 from onnxgbp.errors import OnnxgbpError
 
-__all__ = ["PERCENTILE", "Picture", "diverging", "overlay", "signed_picture"]
+__all__ = ["PERCENTILE", "Picture", "clip_of", "diverging", "finite", "if_blank", "overlay", "scaled", "signed_picture"]
 
 PERCENTILE = 99.5  # of |value|: a few outliers would leave the rest of a map invisible
 
@@ -67,13 +67,13 @@ def signed_picture(
     values, warning = _pixels(attribution, layout)
     if values.shape[2] == 3 and channels in ("rgb", "bgr"):
         values = values[..., ::-1] if channels == "bgr" else values
-        clip = _clip(values, percentile)
-        image = Image.fromarray(np.rint(_MID_GREY + 127 * _scaled(values, clip)).astype(np.uint8))
+        clip = clip_of(values, percentile)
+        image = Image.fromarray(np.rint(_MID_GREY + 127 * scaled(values, clip)).astype(np.uint8))
     else:
         values = values.sum(axis=2)
-        clip = _clip(values, percentile)
-        image = diverging(_scaled(values, clip))
-    return Picture(image, clip, warning or _if_blank(clip))
+        clip = clip_of(values, percentile)
+        image = diverging(scaled(values, clip))
+    return Picture(image, clip, warning or if_blank(clip))
 
 
 def overlay(attribution: Map, photo: Image.Image, *, layout: str = "nchw", percentile: float = PERCENTILE) -> Picture:
@@ -97,14 +97,14 @@ def overlay(attribution: Map, photo: Image.Image, *, layout: str = "nchw", perce
         np.arange(side) * size // side for side, size in zip((photo.height, photo.width), values.shape[:2], strict=True)
     )
     magnitude = _blurred(np.abs(values).sum(axis=2)[rows][:, columns], max(photo.size) / 120)
-    clip = _clip(magnitude, percentile)
-    heat = _scaled(magnitude, clip)
+    clip = clip_of(magnitude, percentile)
+    heat = scaled(magnitude, clip)
     colours = np.asarray(photo.convert("RGB"), np.float64)
     grey = np.asarray(photo.convert("L"), np.float64)[..., np.newaxis]
     ground = 0.55 * (0.8 * grey + 0.2 * colours)
     alpha = heat[..., np.newaxis] ** 0.7 * 0.9
     image = Image.fromarray(np.rint(ground * (1 - alpha) + _coloured(heat, _HEAT) * alpha).astype(np.uint8))
-    return Picture(image, clip, warning or _if_blank(clip))
+    return Picture(image, clip, warning or if_blank(clip))
 
 
 def _blurred(values: npt.NDArray[np.float64], sigma: float) -> npt.NDArray[np.float64]:
@@ -134,19 +134,24 @@ def _pixels(attribution: Map, layout: str) -> tuple[npt.NDArray[np.float64], str
     """float64 [H, W, C] without a value that is not finite, and the warning about those there were."""
     if attribution.ndim != 3:
         raise OnnxgbpError(f"an attribution of shape {list(attribution.shape)} is no picture: it has not three axes")
+    values, warning = finite(attribution)
+    return (values.transpose(1, 2, 0) if layout == "nchw" else values), warning
+
+
+def finite(attribution: Map) -> tuple[npt.NDArray[np.float64], str]:
+    """float64 of the same shape, with zero for what is not finite, and the warning about that."""
     values = attribution.astype(np.float64)
-    values = values.transpose(1, 2, 0) if layout == "nchw" else values
-    finite = np.isfinite(values)
-    if finite.all():
+    good = np.isfinite(values)
+    if good.all():
         return values, ""
-    count = values.size - int(finite.sum())
+    count = values.size - int(good.sum())
     warning = (
         f"{count} of {values.size} values are not finite, drawn as zero: the model overflows or divides by zero here"
     )
-    return np.where(finite, values, 0), warning
+    return np.where(good, values, 0), warning
 
 
-def _clip(values: npt.NDArray[np.float64], percentile: float) -> float:
+def clip_of(values: npt.NDArray[np.float64], percentile: float) -> float:
     """The percentile of |value|; of the values that are not zero, where most are."""
     magnitudes = np.abs(values)
     clip = float(np.percentile(magnitudes, percentile))
@@ -155,16 +160,16 @@ def _clip(values: npt.NDArray[np.float64], percentile: float) -> float:
     return clip
 
 
-def _scaled(values: npt.NDArray[np.float64], clip: float) -> npt.NDArray[np.float64]:
+def scaled(values: npt.NDArray[np.float64], clip: float) -> npt.NDArray[np.float64]:
     """-1 to 1; all zero where there is nothing to scale."""
     if clip == 0:
         return np.zeros_like(values)
     with np.errstate(over="ignore"):  # a clip next to zero
-        scaled: npt.NDArray[np.float64] = np.clip(values / clip, -1, 1)
-    return scaled
+        shares: npt.NDArray[np.float64] = np.clip(values / clip, -1, 1)
+    return shares
 
 
-def _if_blank(clip: float) -> str:
+def if_blank(clip: float) -> str:
     if clip:
         return ""
     return (

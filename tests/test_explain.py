@@ -157,7 +157,7 @@ def test_a_bad_image_is_skipped(tmp_path: Path) -> None:
         f"cannot read {cut}",
         f"cannot read {tmp_path / 'nowhere.png'}",
     ]
-    assert "2 of the images could not be explained" in result.stderr.splitlines()[-1]
+    assert "2 of the inputs could not be explained" in result.stderr.splitlines()[-1]
     entries = manifest(tmp_path / "out")["images"]
     assert [entry["error"] is None for entry in entries] == [True, False, False, True]
     assert (tmp_path / "out" / "b.overlay.png").exists()
