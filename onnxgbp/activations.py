@@ -148,11 +148,12 @@ def _gelu_tanh(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
 
 
 def _swish(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:
-    """With s = sigmoid(alpha x): s + alpha y (1 - s)."""
+    """With s = sigmoid(alpha x): s + alpha y (1 - s), or s (1 + x - y), which takes a step less."""
     alpha = a.get("alpha", 1.0)
-    s = op.Sigmoid(x if alpha == 1 else op.Mul(x, alpha))
-    rest = op.Mul(y, op.Sub(op.like(1, s), s))
-    return op.Add(s, rest if alpha == 1 else op.Mul(rest, alpha))
+    if alpha == 1:
+        return op.Mul(op.Sigmoid(x), op.Add(op.Sub(x, y), 1))
+    s = op.Sigmoid(op.Mul(x, alpha))
+    return op.Add(s, op.Mul(op.Mul(y, op.Sub(op.like(1, s), s)), alpha))
 
 
 def _mish(op: Emit, x: ir.Value, y: ir.Value, a: Arguments) -> ir.Value:

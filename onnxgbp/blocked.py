@@ -10,6 +10,8 @@ What is rewritten gives the same numbers, but where a gradient is not finite: 0 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -21,10 +23,12 @@ __all__ = ["BLOCK", "depthwise", "keep_blocked"]
 BLOCK = 16
 # min(1, max(0, 2^150 y)) is 1 for every y > 0 and 0 for y <= 0; no float32 holds the factor, two do.
 _WEIGHT, _SLOPE = 2.0**100, 2.0**50
+_LOWEST_TOP, _HIGHEST_TOP = 2.0**-20, 2.0**20  # of a ReLU6, for which the constants of its gate stay in range
 
 # Blocked where their input is.
 _FOLLOWING = frozenset("BatchNormalization GlobalAveragePool GlobalMaxPool Relu Resize Sigmoid Tanh Upsample".split())
 _FUSED = frozenset({"Clip", "HardSigmoid", "LeakyRelu"})  # known where they follow a convolution of their own
+_ELEMENTWISE = frozenset({"Add", "Div", "Mul", "Sigmoid", "Sub", "Tanh"})
 _POOLS = frozenset({"AveragePool", "MaxPool"})
 
 
@@ -33,6 +37,7 @@ def keep_blocked(op: Emit) -> None:
     blocked: set[ir.Value] = set()
     for node in list(op.graph):
         if not node.meta.get("forward"):
+            _shape(node)
             new = _respelled(op, node, blocked)
             if new is not None:
                 old = node.outputs[0]
@@ -46,6 +51,17 @@ def keep_blocked(op: Emit) -> None:
                     _note(made, blocked)
                 continue
         _note(node, blocked)
+
+
+def _shape(node: ir.Node) -> None:
+    """Notes the shape of an elementwise result that has none yet: blocks are only for known ones."""
+    if node.op_type not in _ELEMENTWISE or node.domain or node.outputs[0].shape is not None:
+        return
+    dims = [dims_of(value) for value in node.inputs if value is not None]
+    wide = [i for i, each in enumerate(dims) if each != ()]
+    if wide and all(dims[i] is not None and dims[i] == dims[wide[0]] for i in wide):
+        value = node.inputs[wide[0]]
+        node.outputs[0].shape = value.shape if value is not None else None
 
 
 def _note(node: ir.Node, blocked: set[ir.Value]) -> None:
@@ -121,7 +137,26 @@ def _respelled(op: Emit, node: ir.Node, blocked: set[ir.Value]) -> ir.Value | No
                 named = getattr(op, node.op_type)
                 made: ir.Value = named(inside, _entered(op, outside, blocked))
                 return made
-    return _per_channel(op, node, blocked)
+    return _difference(op, node, blocked) or _per_channel(op, node, blocked)
+
+
+def _difference(op: Emit, node: ir.Node, blocked: set[ir.Value]) -> ir.Value | None:
+    """a - b, or c + a - b with c constant, as one convolution of b to which a is added: no other Sub is blocked."""
+    term, rest = 0.0, node
+    if node.op_type == "Add":
+        known = constant_value(node.inputs[1])
+        maker = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if known is None or known.size != 1 or maker is None:
+            return None
+        term, rest = float(known.item()), maker
+    if rest.op_type != "Sub":
+        return None
+    a, b = rest.inputs
+    if a is None or b is None or not {a, b} <= blocked or dims_of(a) != dims_of(b):
+        return None
+    if rest is node and all(user.op_type == "Add" for user in node.outputs[0].consumers()):
+        return None  # what is added comes with it
+    return op.Add(depthwise(op, b, -1.0, term or None), a)
 
 
 def _entered(op: Emit, value: ir.Value, blocked: set[ir.Value]) -> ir.Value:
@@ -138,15 +173,40 @@ def _gate(op: Emit, node: ir.Node, blocked: set[ir.Value]) -> ir.Value | None:
     if d is None or maker is None or not _is_zero(zero):
         return None
     y, top = _bounds(maker)
-    if y is None or y not in blocked or not _aligned(y) or dims_of(d) != dims_of(y):
+    if y is None or not _aligned(y) or dims_of(d) != dims_of(y):
         return None
-    inner = y
-    if top is not None:  # 0 < y < top where y (top - y) > 0
-        rest = depthwise(op, y, -1.0, top)
-        inner = op.typed(op.Mul(y, rest), y)
-    scaled = depthwise(op, inner, _WEIGHT)
-    mask = op.typed(op.HardSigmoid(scaled, alpha=_SLOPE, beta=0.0), y)
-    return op.Mul(_entered(op, d, blocked), mask)
+    if y not in blocked and not (d in blocked and any(user.op_type == "Conv" for user in y.consumers())):
+        return None  # else a convolution behind y, or the gate's own, takes it there
+    if top is None:
+        scaled = depthwise(op, y, _WEIGHT)
+        mask = op.typed(op.HardSigmoid(scaled, alpha=_SLOPE, beta=0.0), y)
+        return op.Mul(_entered(op, d, blocked), mask)
+    if not _LOWEST_TOP <= top <= _HIGHEST_TOP:
+        return None
+    distance = _distance(op, y, top)
+    relu, conv = d.producer(), None
+    if relu is not None and relu.op_type == "Relu" and relu.inputs[0] is not None and len(d.uses()) == 1:
+        conv = relu.inputs[0].producer()
+    if conv is None or conv.op_type != "Conv" or conv.outputs[0] not in blocked or len(conv.outputs[0].uses()) > 1:
+        rest = depthwise(op, distance, -1.0, top)
+        mask = op.typed(op.HardSigmoid(rest, alpha=_SLOPE, beta=0.0), y)
+        return op.Mul(_entered(op, d, blocked), mask)
+    # Relu(d) of a gate that is open, 0 of a closed one: Relu(d + term) with a term of 0, or one below -2^100. The
+    # convolution that makes d adds it and takes the Relu with it.
+    below = float(np.nextafter(np.float32(top), np.float32(0)))
+    steep = 2.0 ** (125 - math.ceil(math.log2(top)))
+    term = op.Clip(depthwise(op, distance, -steep, steep * below), min=-np.finfo(np.float32).max, max=0.0)
+    return op.Relu(op.typed(op.Add(conv.outputs[0], op.typed(term, y)), y))
+
+
+def _distance(op: Emit, y: ir.Value, top: float) -> ir.Value:
+    """Top where y is 0 or top, and less between, by at least the last digit: y, but for a steep fall from 0 to 2^-103.
+
+    A LeakyRelu of a negative slope, which the convolution takes with it. At 2^-126 it has fallen by one digit.
+    """
+    knee = 2.0**-103
+    moved = depthwise(op, y, 1.0, -knee)
+    return op.typed(op.LeakyRelu(moved, alpha=-top / knee), y)
 
 
 def _is_zero(value: ir.Value | None) -> bool:

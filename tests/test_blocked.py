@@ -133,11 +133,14 @@ def test_older_opsets(opset: int, method: str) -> None:
     assert cosine(fast, portable) >= 0.999999
 
 
-@pytest.mark.parametrize("kind", ["relu", "relu6"])
-def test_a_mask_is_exact_at_the_ends_and_near_them(kind: str) -> None:
-    """From 0 and -0 over the smallest normal number to the neighbours of 6: open strictly between the bounds."""
+@pytest.mark.parametrize("method", ["gradient", "guided"])
+@pytest.mark.parametrize(("kind", "top"), [("relu", None), ("relu6", 6.0), ("relu6", 1.0), ("relu6", 0.7)])
+def test_a_mask_is_exact_at_the_ends_and_near_them(kind: str, top: float | None, method: str) -> None:
+    """From 0 and -0 over the smallest normal number to the neighbours of the top: open strictly between the bounds."""
     nodes, constants = BLOCKS[kind]
-    six = np.float32(6)
+    six = np.float32(top or 6)
+    if top is not None:
+        constants = constants | {"six": six}
     edges = [
         0.0,
         -0.0,
@@ -155,10 +158,13 @@ def test_a_mask_is_exact_at_the_ends_and_near_them(kind: str) -> None:
     x = np.resize(np.array(edges, np.float32), (1, 16, 13, 13))
     identity = np.zeros((16, 16, 3, 3), np.float32)
     identity[range(16), range(16), 1, 1] = 1
-    model = net(*nodes, w1=identity, **constants)
-    open_at = (x > 0) & (x < 6) if kind == "relu6" else x > 0
-    fast, _ = maps(model, x, "gradient")
-    assert np.array_equal(fast != 0, open_at)
+    signs = np.resize(np.array([1, -1], np.float32), (1, 16, 1, 1))
+    model = net(*nodes, w1=identity, w2=np.abs(weight(32, 16, 1, 1)) * signs, **constants)
+    open_at = (x > 0) & (x < six) if kind == "relu6" else x > 0
+    fast, portable = maps(model, x, method)
+    passing = signs > 0 if method == "guided" else np.ones_like(signs, bool)
+    assert np.array_equal(fast != 0, open_at & passing)
+    assert np.array_equal(fast, portable)
 
 
 @pytest.mark.parametrize(("kernel", "pads"), [(2, [0] * 4), (3, [0] * 4), (3, [1] * 4)])
