@@ -220,19 +220,11 @@ def table_figure(
     colours = np.asarray(diverging(scaled(values[order][np.newaxis], clip)))[0] / 255
     axes.barh(range(len(order)), values[order], color=colours, edgecolor=_DARK, linewidth=0.6, height=0.72)
     reach = float(np.abs(values).max()) or 1.0
-    axes.set(xlim=(-1.22 * reach, 1.22 * reach), ylim=(len(order) - 0.4, -0.6))
-    for place, i in enumerate(order):
-        side = -1 if values[i] < 0 else 1
-        shift, align = (4 * side, 0), "right" if side < 0 else "left"
-        axes.annotate(
-            ("+" if side > 0 and values[i] else "") + _text(values[i], 3),
-            (values[i], place),
-            shift,
-            textcoords="offset points",
-            ha=align,
-            va="center",
-            fontsize=_SIZES["small"] - 1,
-        )
+    axes.set(xlim=(-1.06 * reach, 1.06 * reach), ylim=(len(order) - 0.4, -0.6))
+    for place, i in enumerate(order):  # in a column of their own: at the ends of the bars they would meet the names
+        said = ("+" if values[i] > 0 else "") + _text(values[i], 3)
+        where = axes.get_yaxis_transform()
+        axes.text(1.02, place, said, transform=where, va="center_baseline", fontsize=_SIZES["small"], color=_DARK)
     axes.set_yticks(range(len(order)), labels, parse_math=False)
     axes.axvline(0, color=_DARK, linewidth=0.8)
     axes.grid(axis="x", color=_GREY, linewidth=0.4, alpha=0.6)
@@ -278,11 +270,9 @@ def text_figure(pieces: Sequence[Piece], *, title: str = "", note: str = "", per
     if len(pieces) > _TOKENS:
         warnings.append(f"the picture shows the first {_TOKENS} of {len(pieces)} tokens, the page all of them")
         pieces = pieces[:_TOKENS]
-    texts = [_cut(piece.text, 60) for piece in pieces]
-    missing = _without_glyph("".join(texts))
-    if missing:
+    if missing := _without_glyph("".join(piece.text for piece in pieces)):
         warnings.append(f"the picture's font has not {len(missing)} of the letters, drawn as boxes; the page has them")
-        texts = [text.translate(dict.fromkeys(map(ord, missing), "\u25a1")) for text in texts]
+    texts = [_cut(piece.text, 60) for piece in pieces]
     lines, height = _laid_out(texts, [piece.joined for piece in pieces])
     heads = _wrapped(title)
     top, bottom = 10 + 15 * len(heads), 46
@@ -336,11 +326,6 @@ def _laid_out(texts: Sequence[str], joined: Sequence[bool]) -> tuple[list[tuple[
             left += width
         left += _BLANK
     return places, line + _LINE
-
-
-def _without_glyph(text: str) -> set[str]:
-    font = get_font(findfont(FontProperties(family=_FONT)))
-    return {letter for letter in set(text) if not font.get_char_index(ord(letter))}
 
 
 # --- several side by side -------------------------------------------------------------------------
@@ -463,7 +448,7 @@ def _wrapped(title: str) -> list[str]:
 
 
 def _few_lines(text: str, letters: int, most: int) -> list[str]:
-    return textwrap.wrap(text, letters, max_lines=most, placeholder=" …") or [""]
+    return textwrap.wrap(_drawable(text), letters, max_lines=most, placeholder=" …") or [""]
 
 
 def _words(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
@@ -472,7 +457,18 @@ def _words(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
 
 def _cut(name: str, letters: int) -> str:
     """Without its middle where it is longer: the end of a name tells as much as its start."""
+    name = _drawable(name)
     if len(name) <= letters:
         return name
     head = (letters - 1) // 2
     return f"{name[:head]}…{name[head + 1 - letters :]}"
+
+
+def _drawable(text: str) -> str:
+    """With a box for each letter that the font has not: matplotlib would warn of it, and draw the same."""
+    return text.translate(dict.fromkeys(map(ord, _without_glyph(text)), "\N{WHITE SQUARE}"))
+
+
+def _without_glyph(text: str) -> set[str]:
+    font = get_font(findfont(FontProperties(family=_FONT)))
+    return {letter for letter in set(text) - {"\n"} if not font.get_char_index(ord(letter))}

@@ -138,7 +138,10 @@ body {{ background: #ffffff; color: #000000; font: 16px/1.9 system-ui, sans-seri
 h1 {{ font-size: 1.1em }}
 span {{ border-radius: 3px; padding: 0.15em 0.25em; white-space: pre-wrap; overflow-wrap: anywhere }}
 .scale {{ background: linear-gradient(to right, {ramp}); height: 0.8em; margin-top: 2em }}
-.ends {{ display: flex; font-size: 0.85em; justify-content: space-between }}
+.ends {{ display: flex; font-size: 0.85em }}
+.ends b {{ flex: 1; text-align: center }}
+.ends b:first-child {{ text-align: left }}
+.ends b:last-child {{ text-align: right }}
 </style>
 </head>
 <body>

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 from click.testing import CliRunner, Result
+from conftest import ROOT
 from onnx import numpy_helper
 from PIL import Image
 from test_explain import manifest, picture, tiny
@@ -204,6 +205,20 @@ def test_the_top_twenty_of_thirty_with_long_names() -> None:
     assert all(below.y1 <= above.y0 for above, below in itertools.pairwise(boxes))  # none lies on another
     assert min(box.x0 for box in boxes) >= 0
     assert names_of(table_figure(np.array([1.0, 2.0]), np.zeros(3)))[0] == "f1"
+
+
+@pytest.mark.parametrize("size", [1.0, 1.234e-5, 1.234e7])
+def test_figures_of_bars_do_not_lie_on_names(size: float) -> None:
+    values = size * RNG.uniform(-1, 1, 30)
+    plot = table_figure(values, values, names=["quite a long name, of thirty letters"] * 30)
+    plot.figure.draw_without_rendering()
+    axes = plot.figure.axes[0]
+    names = [label.get_window_extent() for label in axes.get_yticklabels()]
+    width, _ = plot.figure.get_size_inches() * plot.figure.dpi
+    for text in axes.texts:
+        drawn = text.get_window_extent()
+        assert axes.get_window_extent().x1 < drawn.x0 <= drawn.x1 <= width
+        assert max(name.x1 for name in names) <= drawn.x0
 
 
 def test_a_table_of_zeros_and_of_nothing_finite() -> None:
@@ -459,6 +474,18 @@ def test_a_grid_with_long_names_does_not_overlap() -> None:
             apart = min(one.x1, other.x1) - max(one.x0, other.x0), min(one.y1, other.y1) - max(one.y0, other.y0)
             assert min(apart) <= 0
     assert "photo" not in [text.get_text() for text in plot.figure.texts]
+
+
+def test_names_in_other_letters() -> None:
+    """Boxes, but no warning of matplotlib's on the way."""
+    names = ["漢字", "Größe", "цена", "$a_1$", "a\tb"]
+    plot = table_figure(np.arange(5.0), np.arange(5.0), names=names, title="猫 $x$ (285)")
+    assert pixels(plot).size
+    assert [name.partition(" = ")[0] for name in names_of(plot)] == ["a□b", "$a_1$", "цена", "Größe", "□□"]
+    assert plot.figure.get_suptitle() == "□ $x$ (285)"
+    assert pixels(signal_figure(np.ones((5, 9)), np.ones((5, 9)), names=names)).size
+    assert pixels(signal_figure(np.ones((10, 9)), np.ones((10, 9)), names=names * 2)).size
+    assert pixels(grid_figure([Row("猫\n0.5", None, [np.ones((2, 2))])], ["gradient"])).size
 
 
 def test_what_is_no_grid() -> None:
@@ -823,6 +850,13 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for arguments in ([image, "--methods", "gradient,guided"], [tmp_path / "x.npy"]):
         assert "pip install 'onnxgbp[plots]'\n" in refused(tmp_path / "out", model, *arguments)
     assert run(model, image, "-o", tmp_path / "out").exit_code == 0  # photos need none
+
+
+def test_the_pictures_of_the_documentation() -> None:
+    docs = ROOT / "docs"
+    named = re.findall(r"!\[[^\]]+\]\(pictures/(\w+\.png)\)", (docs / "pictures.md").read_text())
+    assert sorted(named) == sorted(path.name for path in (docs / "pictures").iterdir())
+    assert max((docs / "pictures" / name).stat().st_size for name in named) < 500_000
 
 
 # --- networks of torch ----------------------------------------------------------------------------
