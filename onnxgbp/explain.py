@@ -226,7 +226,7 @@ def explain_images(
     if rows:
         _write_grid(out / GRID, rows, names)
         manifest["files"] = {"grid": GRID}
-        more = f", the first {_GRID_ROWS} images" if len(rows) == _GRID_ROWS else ""
+        more = f", the first {len(rows)} of {len(entries)}" if len(rows) == _GRID_ROWS < len(entries) else ""
         echo(f"side by side: {out / GRID}{more}")
     text = json.dumps(json_numbers(manifest), indent=2, ensure_ascii=False, allow_nan=False)
     write(out / MANIFEST, (text + "\n").encode())

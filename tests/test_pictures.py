@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from PIL import Image
 from test_explain import manifest, picture, tiny
 
-import onnxgbp
+import onnxgbp.explain
 from onnxgbp.cli import main
 from onnxgbp.drawing import Form, Origin
 from onnxgbp.errors import OnnxgbpError
@@ -788,6 +788,14 @@ def test_methods_side_by_side(tmp_path: Path) -> None:
     assert run(*arguments, "-o", again).exit_code == 0
     assert run(*arguments, "-o", out).exit_code == 0
     assert (again / "grid.png").read_bytes() == (out / "grid.png").read_bytes()
+
+
+def test_a_grid_that_ends_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxgbp.explain, "_GRID_ROWS", 2)
+    model, images = tiny(tmp_path / "net.onnx"), [picture(tmp_path / f"{n}.png", seed=n) for n in range(3)]
+    arguments = [model, *images, "-o", tmp_path / "out", "--methods", "gradient,guided"]
+    assert "grid.png, the first 2 of 3\n" in run(*arguments).output
+    assert "grid.png\n" in run(*arguments[:3], *arguments[4:]).output
 
 
 def test_a_grid_among_the_photos_is_no_photo(tmp_path: Path) -> None:
