@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from onnxgbp.convert import BUILDERS, GradientGraph, fixed_scale
-from onnxgbp.errors import OnnxgbpError
+from onnxgbp.errors import OnnxgbpError, printable
 from onnxgbp.lower import PROFILES
 from onnxgbp.methods import METHODS, parse_method, parse_methods, sampling_options
 from onnxgbp.model import load
@@ -33,6 +33,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except OnnxgbpError as error:
             raise click.ClickException(str(error)) from None
+        except MemoryError:
+            raise click.ClickException("this takes more memory than there is") from None
         except BrokenPipeError:
             raise  # click ends quietly when nobody reads on
         except OSError as error:  # a full disk behind stdout
@@ -43,6 +45,15 @@ class _Group(click.Group):
 @click.version_option(package_name="onnxgbp")
 def main() -> None:
     """Attribution for trained networks, straight from their ONNX file."""
+
+
+def _say(line: str, *, err: bool = False) -> None:
+    """Prints one line, in which there may be names out of files."""
+    click.echo(printable(line), err=err)
+
+
+def _complain(line: str) -> None:
+    _say(line, err=True)
 
 
 def _parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
@@ -278,7 +289,7 @@ def convert(model: Path, out: Path, **options: Any) -> None:
     aim["methods"] = options["methods"] or (options["method"],)
     source, scale = load(model), options.pop("seed_scale")
     graph = GradientGraph.build(source, **aim, seed_scale=fixed_scale(source, scale, aim, options))
-    click.echo(f"{out}: {graph.save(out, **options)}")
+    _say(f"{out}: {graph.save(out, **options)}")
 
 
 def _forget_defaults(options: dict[str, Any]) -> None:
@@ -332,7 +343,7 @@ def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
     from onnxgbp.explain import explain_images  # Pillow and onnxruntime: only here
 
     _forget_defaults(options)
-    failed = explain_images(paths, out, echo=click.echo, **options)
+    failed = explain_images(paths, out, echo=_say, **options)
     if failed:
         raise click.ClickException(f"{len(failed)} of the inputs could not be explained; the others are done")
 
@@ -381,14 +392,14 @@ def batch(model: Path, data: Path, out: Path, **options: Any) -> None:
             model,
             data,
             out,
-            echo=lambda line: click.echo(line, err=True),
+            echo=_complain,
             options={name: options.pop(name) for name in explainer},
             **options,
         )
     except KeyboardInterrupt:
-        click.echo(f"Interrupted: what is in {out} stays, and the same command goes on", err=True)
+        _complain(f"Interrupted: what is in {out} stays, and the same command goes on")
         raise click.exceptions.Exit(130) from None
-    click.echo(f"{out}: {counts.rows} rows, {counts.errors} with an error, {counts.blank} with a blank map")
+    _say(f"{out}: {counts.rows} rows, {counts.errors} with an error, {counts.blank} with a blank map")
     if counts.errors:
         raise click.exceptions.Exit(3)
 
@@ -420,7 +431,7 @@ def neurons(model: Path, out: Path, **options: Any) -> None:
     """
     from onnxgbp.neurons import picture_neurons  # Pillow and onnxruntime: only here
 
-    failed = picture_neurons(model, out, echo=click.echo, complain=lambda line: click.echo(line, err=True), **options)
+    failed = picture_neurons(model, out, echo=_say, complain=_complain, **options)
     if failed:
         raise click.ClickException(f"{len(failed)} of the images could not be used; the others are done")
 
@@ -570,7 +581,7 @@ def diff(
     found = diff_models(a, b, thresholds=asked, **options)
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())
     for line in found.missed:
-        click.echo(f"FAIL: {line}", err=True)
+        _complain(f"FAIL: {line}")
     if not found.passed:
         raise click.exceptions.Exit(1)
 
@@ -605,7 +616,7 @@ def sanity(model: Path, as_json: bool, **options: Any) -> None:
     """
     from onnxgbp.sanity import check_sanity  # Pillow and onnxruntime: only here
 
-    report = check_sanity(model, progress=lambda line: click.echo(line, err=True), **options)
+    report = check_sanity(model, progress=_complain, **options)
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
 
 
@@ -624,7 +635,7 @@ def faithfulness(model: Path, as_json: bool, **options: Any) -> None:
     """
     from onnxgbp.faithfulness import check_faithfulness  # Pillow and onnxruntime: only here
 
-    report = check_faithfulness(model, progress=lambda line: click.echo(line, err=True), **options)
+    report = check_faithfulness(model, progress=_complain, **options)
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.to_text())
 
 
@@ -703,7 +714,7 @@ def export_triton_command(out: Path, **options: Any) -> None:
     """Writes a converted file as an entry of a Triton model repository."""
     from onnxgbp.triton import export_triton
 
-    click.echo(export_triton(out, **options))
+    _say(export_triton(out, **options))
 
 
 @main.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,14 +11,37 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-__all__ = ["FOLDABLE", "SMALL", "constant_value", "evaluate", "is_constant", "uniform_value"]
+__all__ = ["FOLDABLE", "SMALL", "Folding", "constant_value", "evaluate", "is_constant", "uniform_value"]
 
 SMALL = 1 << 16  # elements: what tells a shape, a threshold or one number per channel is never larger
+_STEPS = 16  # that spread one number to a shape: exporters take two or three
 FOLDABLE = frozenset(
     "Abs Add And Cast Ceil Concat ConstantOfShape Div Equal Expand Floor Gather Greater Identity Less Max "
     "Min Mod Mul Neg Not Pow Range Reciprocal ReduceProd ReduceSum Reshape Shape Size Slice Sqrt Squeeze "
     "Sub Transpose Unsqueeze Where".split()
 )
+
+
+class Folding:
+    """What folding may still take: a line of a file makes a constant of `SMALL` numbers, and it may have many lines."""
+
+    _FREE = 1 << 8  # numbers of a shape, pads, axes: always known
+    _MOST = 1 << 22  # numbers of all larger ones together: 32 MB
+
+    def __init__(self) -> None:
+        self._taken = 0
+
+    def allows(self, shape: Sequence[int]) -> bool:
+        """Whether one more constant of that shape may be computed."""
+        size = math.prod(shape)
+        if size > self._FREE:
+            self._taken += size
+        return size <= self._FREE or (size <= SMALL and self._taken <= self._MOST)
+
+
+def _folding(graph: ir.Graph) -> Folding:
+    folding: Folding = graph.meta.setdefault("folding", Folding())
+    return folding
 
 
 def is_constant(value: ir.Value) -> bool:
@@ -36,10 +61,25 @@ def constant_value(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     """The value of a small tensor that does not depend on the input, folding the nodes that compute it; or None."""
     if value is None:
         return None
-    if "constant" not in value.meta:
-        value.meta["constant"] = _fold(value)
+    waiting = [value]  # a chain of thousands of nodes is longer than Python calls are deep
+    while waiting:
+        behind = [] if "constant" in waiting[-1].meta else _unfolded(waiting[-1])
+        if behind:
+            waiting += behind
+            continue
+        last = waiting.pop()
+        if "constant" not in last.meta:
+            last.meta["constant"] = _fold(last)
     folded: np.ndarray[Any, Any] | None = value.meta["constant"]
     return folded
+
+
+def _unfolded(value: ir.Value) -> list[ir.Value]:
+    """What has to be known before a value is, and has not been asked for yet."""
+    node = value.producer()
+    if is_constant(value) or node is None or node.domain != "" or node.op_type not in FOLDABLE - {"Shape"}:
+        return []
+    return [source for source in node.inputs if source is not None and "constant" not in source.meta]
 
 
 def uniform_value(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
@@ -47,19 +87,21 @@ def uniform_value(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
 
     So frameworks write `max(x, zeros_like(x))`.
     """
-    known = constant_value(value)
-    if known is None and value is not None and is_constant(value):
-        tensor = ir.convenience.get_const_tensor(value)
-        known = tensor.numpy() if tensor is not None else None
-    if known is not None:
-        return known.reshape(-1)[0] if known.size and (known == known.reshape(-1)[0]).all() else None
-    node = value.producer() if value is not None else None
-    if node is None or node.domain != "":
-        return None
-    if node.op_type == "ConstantOfShape":
-        given = node.attributes.get("value")
-        return given.as_tensor().numpy().reshape(()) if given is not None else np.zeros((), np.float32)
-    return uniform_value(node.inputs[0]) if node.op_type in ("Expand", "Identity", "Reshape") else None
+    for _ in range(_STEPS):
+        known = constant_value(value)
+        if known is None and value is not None and is_constant(value):
+            tensor = ir.convenience.get_const_tensor(value)
+            known = tensor.numpy() if tensor is not None else None
+        if known is not None:
+            return known.reshape(-1)[0] if known.size and (known == known.reshape(-1)[0]).all() else None
+        node = value.producer() if value is not None else None
+        if node is None or node.domain != "":
+            return None
+        if node.op_type == "ConstantOfShape":
+            given = node.attributes.get("value")
+            return given.as_tensor().numpy().reshape(()) if given is not None else np.zeros((), np.float32)
+        value = node.inputs[0] if node.op_type in ("Expand", "Identity", "Reshape") else None
+    return None
 
 
 def _fold(value: ir.Value) -> np.ndarray[Any, Any] | None:
@@ -75,7 +117,7 @@ def _fold(value: ir.Value) -> np.ndarray[Any, Any] | None:
     if any(array is None and source is not None for array, source in zip(arrays, node.inputs, strict=True)):
         return None
     size = value.shape.numpy() if value.shape is not None and value.shape.is_static() else None
-    if size is None or int(np.prod(size, dtype=np.int64)) > SMALL:
+    if size is None or not _folding(value.graph).allows(size):
         return None
     given = {v.name or "": a for v, a in zip(node.inputs, arrays, strict=True) if v is not None and a is not None}
     results = evaluate(ir.to_proto(node), value.graph.opset_imports[""], given)

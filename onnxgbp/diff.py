@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxgbp.compare import angle, divergence, median_error, rank_correlation, softmax
-from onnxgbp.errors import OnnxgbpError
+from onnxgbp.errors import OnnxgbpError, printable
 from onnxgbp.explainer import Explainer
 from onnxgbp.model import METADATA
 from onnxgbp.pair import Pair, Result
@@ -147,7 +147,7 @@ class Difference:
             if said[name]:
                 shown = ", ".join(f"{key} {value:.6g}" for key, value in said[name].items())
                 lines.append(f"{name.replace('_', ' '):<18} {shown}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float] | None:

@@ -16,7 +16,7 @@ from onnxgbp.broadcast import unbroadcast
 from onnxgbp.emit import Emit, dims_of, is_float
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.quantisation import carries_integers
-from onnxgbp.step import Step, label
+from onnxgbp.step import Step, label, trusting
 from onnxgbp.vjps import REFUSED, VJPS, ZERO_GRADIENT, Entry
 
 __all__ = ["Path", "backpropagate", "differentiate", "find_path", "missing_rules", "pass_back", "refuse_missing"]
@@ -115,8 +115,9 @@ def backpropagate(
         if all(dy is None for dy in dys):
             continue  # inside an activation's group, or read by nothing that carries a gradient
         op.scope = f"gradient/{label(node)}"
-        for value, dx in pass_back(op, node, dys, found, active):
-            gradients.setdefault(value, []).append(_typed(op, dx, value))
+        with trusting(label(node)):
+            for value, dx in pass_back(op, node, dys, found, active):
+                gradients.setdefault(value, []).append(_typed(op, dx, value))
     op.scope = "gradient"
     return {value: _total(op, gradients, value) for value in wrt}
 

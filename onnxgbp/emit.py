@@ -8,6 +8,7 @@ Python numbers become constants of the first tensor's type, lists become int64 c
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -18,12 +19,13 @@ import onnx_ir as ir
 from onnxgbp.constants import constant_value
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 
-__all__ = ["PRIVATE", "Dims", "Emit", "Operand", "dims_of", "is_float", "numel", "shape_text"]
+__all__ = ["LARGEST_TABLE", "PRIVATE", "Dims", "Emit", "Operand", "dims_of", "is_float", "numel", "shape_text"]
 
 # Calls in this domain live only between differentiation and lowering; `convert` saves none of them.
 PRIVATE = "onnxgbp.private"
 _CONSTANT = "onnxgbp/constant"
 _LONGEST_RANGE = 1 << 20  # a longer one is counted at run time, not stored
+LARGEST_TABLE = 1 << 25  # numbers of a constant that a gradient needs: 256 MB while it is made
 
 Operand: TypeAlias = "ir.Value | np.ndarray[Any, Any] | Sequence[int] | float | int | None"
 Dims: TypeAlias = "tuple[int | str | None, ...]"
@@ -214,6 +216,20 @@ class Emit:
 
     def zeros_like(self, like: ir.Value) -> ir.Value:
         return self.typed(self.Expand(self.like(0, like), self.shape(like)), like)
+
+    def sized(self, *shape: int) -> tuple[int, ...]:
+        """The shape of a constant that the gradient needs, where it is one that can be made.
+
+        Raises:
+            OnnxgbpError: a file asks for a window or a length that no memory holds.
+        """
+        if math.prod(shape) > LARGEST_TABLE:
+            raise OnnxgbpError(
+                f"the gradient at '{self.scope.removeprefix('gradient/')}' takes a table of "
+                f"{' x '.join(map(str, shape))} numbers, more than {LARGEST_TABLE}: explain a tensor before that node "
+                "with --output, or attribute to one behind it with --wrt"
+            )
+        return shape
 
     def positions(self, like: ir.Value, axis: int) -> ir.Value:
         """0, 1, 2... along one axis of a tensor, int64, ready to broadcast against it."""

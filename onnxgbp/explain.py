@@ -20,7 +20,7 @@ from PIL import Image
 from onnxgbp.curves import require_plots
 from onnxgbp.data import batches, checked_arrays, whole
 from onnxgbp.drawing import Drawn, Form, Origin, draw_numbers, draw_picture
-from onnxgbp.errors import OnnxgbpError
+from onnxgbp.errors import OnnxgbpError, printable
 from onnxgbp.explainer import Explainer
 from onnxgbp.explanation import Explanation
 from onnxgbp.files import MANIFEST, listed_files, output_file, write
@@ -460,7 +460,7 @@ def _progress(
 
     def say(line: str, error: bool = False) -> None:
         if error:
-            click.echo(line, err=True)
+            click.echo(printable(line), err=True)
         else:
             echo(line)
 

@@ -35,6 +35,7 @@ from onnxgbp.running import Running
 from onnxgbp.sampled_methods import Sample
 from onnxgbp.scale import computes_in_float16, parse_seed_scale
 from onnxgbp.session import PROVIDERS, fault
+from onnxgbp.untrusted import require_record
 from onnxgbp.values import Value, as_array, is_held, on_host, shape_of
 
 __all__ = ["Explainer"]
@@ -205,6 +206,7 @@ class Explainer:
         model, what = self._model, self._what
         if METADATA + "method" in source.model.metadata_props:
             proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
+            require_record(source.model.metadata_props, source.name)
             return proto, explained_by(source)
         target = "argmax" if what["unit"] is not None else "input" if what["top"] is None else f"input{what['top']}"
         place = {name: what[name] for name in ("output", "unit", "wrt", "layer")} | {"seed": what["seed"] or "one"}

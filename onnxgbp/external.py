@@ -80,13 +80,15 @@ def read(proto: onnx.ModelProto, path: Path | None, where: str) -> None:
             raise OnnxgbpError(
                 f"{where} keeps tensor '{tensor.name}' in an external file: give the model as a path instead"
             )
+        if min(tensor.dims, default=0) < 0:
+            raise OnnxgbpError(f"{where} is damaged: tensor '{tensor.name}' has the shape {list(tensor.dims)}")
         folder = path.resolve().parent
-        file = (folder / location).resolve()
-        if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
+        if not _inside(folder, location):
             raise OnnxgbpError(
                 f"{where}: external data '{location}' of tensor '{tensor.name}' is outside the model's folder"
             )
-        if not file.is_file():
+        file = folder / location
+        if not file.is_file():  # nor is a pipe or a device one, which might be read for ever
             raise OnnxgbpError(
                 f"{where}: external data file '{location}' of tensor '{tensor.name}' is missing from {folder}"
             )
@@ -94,9 +96,10 @@ def read(proto: onnx.ModelProto, path: Path | None, where: str) -> None:
             offset = int(entries.get("offset", 0))
             needed = math.ceil(ir.DataType(tensor.data_type).itemsize * math.prod(tensor.dims))
             length = int(entries.get("length", needed))
-        except ValueError:
+        except (TypeError, ValueError):  # text has no size that a shape tells
             raise OnnxgbpError(
-                f"{where}: tensor '{tensor.name}' has a malformed offset or length of its external data"
+                f"{where}: tensor '{tensor.name}' has a type, or an offset or a length, with which its external data "
+                "cannot be read"
             ) from None
         end = offset + max(length, needed)
         if offset < 0 or length < needed or file.stat().st_size < end:
@@ -106,6 +109,16 @@ def read(proto: onnx.ModelProto, path: Path | None, where: str) -> None:
         size += length
     if size and path is not None and size < PART_OF_FILE:
         onnx.external_data_helper.load_external_data_for_model(proto, str(path.resolve().parent))
+
+
+def _inside(folder: Path, location: str) -> bool:
+    """Whether a location names something in a folder, wherever links lead to."""
+    try:
+        file = (folder / location).resolve()
+        file.exists()
+    except (OSError, RuntimeError, ValueError):  # too long a name, links in a circle, a NUL
+        return False
+    return bool(location) and not Path(location).is_absolute() and file.is_relative_to(folder.resolve())
 
 
 def copy_beside(proto: onnx.ModelProto, path: Path, folder: Path | None) -> None:
@@ -119,6 +132,8 @@ def copy_beside(proto: onnx.ModelProto, path: Path, folder: Path | None) -> None
     }
     for location in sorted(locations):
         source, copy = (path.parent if folder is None else folder) / location, path.parent / location
+        if not _inside(path.parent if folder is None else folder, location) or not _inside(path.parent, location):
+            raise OnnxgbpError(f"cannot write {path}: its external data '{location}' is outside the model's folder")
         if not source.is_file():
             raise OnnxgbpError(
                 f"cannot write {path}: its external data '{location}' is not in {source.parent}; name data_folder"

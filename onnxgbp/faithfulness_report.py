@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from onnxgbp.curves import Panel, save_curves
+from onnxgbp.errors import printable
 from onnxgbp.files import write
 from onnxgbp.report import json_numbers
 
@@ -114,7 +115,7 @@ class FaithfulnessReport:
         ]
         lines.append("mean +- standard error; deletion and sensitivity: smaller, insertion and pointing: larger")
         lines += [f"{name}: {said}" for name, said in self.verdicts().items()]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 _AREAS = ("deletion_auc", "insertion_auc")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from onnxgbp.convert import GradientGraph, fixed_scale
 from onnxgbp.data import Batch, batches, inputs_of
 from onnxgbp.energy import counted_runs, runnable
-from onnxgbp.errors import OnnxgbpError
+from onnxgbp.errors import OnnxgbpError, printable
 from onnxgbp.files import output_file, write
 from onnxgbp.health_measure import health_measure, unit_axis
 from onnxgbp.health_statistics import Sums, activation_row, add, gradient_by_depth, gradient_figures
@@ -205,7 +205,7 @@ def _text(found: Mapping[str, Any]) -> str:
     ]
     if found["activations"]:
         lines += ["", *aligned([_HEADINGS, *map(_cells, found["activations"])])]
-    return "\n".join([*lines, "", *(f"- {said['text']}" for said in found["verdict"])])
+    return "\n".join(map(printable, [*lines, "", *(f"- {said['text']}" for said in found["verdict"])]))
 
 
 _HEADINGS = ("activation", "kind", "units", "dead", "always", "saturated", "mean y", "std y", "rms dy", "to last")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from onnxgbp.emit import shape_text
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import listed_files
 from onnxgbp.given import InputSpec
-from onnxgbp.model import METADATA
+from onnxgbp.untrusted import METADATA, json_entry
 
 __all__ = ["SUFFIXES", "Preprocessing", "in_type", "is_photo", "parse_floats", "photos_in", "read"]
 
@@ -26,6 +25,7 @@ SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".spli
 
 _CHANNELS = {"rgb": 3, "bgr": 3, "grey": 1}
 _LAYOUTS = ("nchw", "nhwc")
+LONGEST = 1 << 13  # pixels of a side that is asked for: 200 MB of a square; a model's metadata asks, too
 _WIDEST = 8  # a longer side of more than this many shorter ones is trimmed before it is resized
 
 
@@ -53,10 +53,10 @@ class Preprocessing:
             raise OnnxgbpError(f"channels '{self.channels}' are none of {', '.join(_CHANNELS)}")
         if self.layout not in _LAYOUTS:
             raise OnnxgbpError(f"layout '{self.layout}' is none of {', '.join(_LAYOUTS)}")
-        if self.size is not None and self.size < 1:
-            raise OnnxgbpError(f"size {self.size} is not a number of pixels")
-        if self.crop is not None and min(self.crop) < 1:
-            raise OnnxgbpError(f"crop {self.crop} is not a number of pixels")
+        if self.size is not None and not 1 <= self.size <= LONGEST:
+            raise OnnxgbpError(f"size {self.size} is not a number of pixels from 1 to {LONGEST}")
+        if self.crop is not None and not 1 <= min(self.crop) <= max(self.crop) <= LONGEST:
+            raise OnnxgbpError(f"crop {self.crop} is not a number of pixels from 1 to {LONGEST}")
         count = _CHANNELS[self.channels]
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, count):
@@ -283,13 +283,9 @@ class _Shape:
 
 
 def _from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    text = metadata.get(METADATA + "preprocessing")
-    if text is None:
+    if METADATA + "preprocessing" not in metadata:
         return {}
-    try:
-        said = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise OnnxgbpError(f"the model's metadata '{METADATA}preprocessing' is no JSON: {error.msg}") from None
+    said = json_entry(metadata, "preprocessing")
     if not isinstance(said, dict):
         raise OnnxgbpError(f"the model's metadata '{METADATA}preprocessing' is no JSON object")
     if unknown := [name for name in said if name not in _FIELDS]:
@@ -313,7 +309,7 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
 def _float(name: str, value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise OnnxgbpError(f"{name} '{value}' is no number") from None
 
 
@@ -348,6 +344,8 @@ def _resized(image: Image.Image, size: int) -> Image.Image:
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
     width, height = (size if side == shorter else round(side * size / shorter) for side in image.size)
+    if width * height > LONGEST**2:
+        raise OnnxgbpError(f"the picture would be resized to {width} x {height} pixels: choose a smaller --size")
     # Rows, then columns: left to choose, newer releases of Pillow take them in either order, by the sizes, which moves
     # pixels by a level. So a photo is the same input with any release, and in tools/web.
     across = image.resize((width, image.height), Image.Resampling.BILINEAR)

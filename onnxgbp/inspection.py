@@ -17,7 +17,7 @@ from onnxgbp.convert import GradientGraph
 from onnxgbp.differentiate import Path as Nodes
 from onnxgbp.differentiate import find_path, missing_rules
 from onnxgbp.emit import dims_of, shape_text
-from onnxgbp.errors import OnnxgbpError
+from onnxgbp.errors import OnnxgbpError, printable
 from onnxgbp.explained import Explained, explained_tensor, stripped_text
 from onnxgbp.graph_methods import find_layer
 from onnxgbp.inputs import Attributed, attributed
@@ -153,7 +153,7 @@ def _converted_facts(proto: onnx.ModelProto) -> dict[str, Any]:
         if name in said:
             try:
                 facts[name] = json.loads(said[name])
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # written by someone else: as it stands
     if isinstance(facts.get("labels"), list):
         facts["labels"] = len(facts["labels"])
@@ -276,7 +276,7 @@ def _reported(found: dict[str, Any]) -> Findings:
     counts = ", ".join(f"{count} {name}" for name, count in found["operators"].items())
     lines.append(f"operators  {counts}")
     lines += _converted_text(found) if found["converted"] else _source_text(found)
-    return Findings(found, "\n".join(lines))
+    return Findings(found, "\n".join(map(printable, lines)))
 
 
 def _value_text(value: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ __all__ = ["feature_names", "find_label", "labels_of"]
 # Ours first; the others are what exporters of detectors and classifiers write, as JSON or as a Python literal.
 _KEYS = (METADATA + "labels", "labels", "names", "classes", "class_names")
 _SHOWN = 5
+_DIGITS = 6  # of a class: a million of them
+_LONGEST = 1 << 24  # characters that are read: as much as a million names take
 
 
 def labels_of(metadata: Mapping[str, str]) -> list[str]:
@@ -28,7 +30,7 @@ def labels_of(metadata: Mapping[str, str]) -> list[str]:
         if key not in metadata:
             continue
         names = _read(metadata[key])
-        if isinstance(names, dict) and all(str(index).isdecimal() for index in names):
+        if isinstance(names, dict) and all(_is_class(index) for index in names):
             named = {int(index): str(name) for index, name in names.items()}
             names = [named.get(index, str(index)) for index in range(max(named, default=-1) + 1)]
         if isinstance(names, (list, tuple)):
@@ -62,7 +64,13 @@ def feature_names(path: Path | None, metadata: Mapping[str, str]) -> list[str]:
     return [str(name).strip() for name in listed]
 
 
+def _is_class(index: object) -> bool:
+    return str(index).isdecimal() and len(str(index)) <= _DIGITS
+
+
 def _read(text: str) -> object:
+    if len(text) > _LONGEST:
+        return None
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -25,6 +25,7 @@ from onnxgbp.pool_gradients import (
     sum_pool_grad,
 )
 from onnxgbp.scan import unroll_scans
+from onnxgbp.step import trusting
 
 __all__ = ["PROFILES", "lower", "merge_equal", "prune", "replace_calls"]
 
@@ -38,7 +39,8 @@ def replace_calls(op: Emit, table: Mapping[str, Lowering]) -> None:
         if node.domain != PRIVATE or node.op_type not in table or node.graph is None:
             continue
         op.scope = (node.name or "").rpartition("/")[0]
-        value, call = table[node.op_type](op, node), node.outputs[0]
+        with trusting(op.scope.removeprefix("gradient/")):
+            value, call = table[node.op_type](op, node), node.outputs[0]
         new = op.take()
         node.graph.insert_before(node, new)
         nodes.extend(new)  # a spelling may call another

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -20,7 +21,7 @@ import onnx.version_converter
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
-from onnxgbp import external
+from onnxgbp import external, untrusted
 from onnxgbp.branches import inline_constant_ifs, lift_initializers
 from onnxgbp.contrib import CONTRIB
 from onnxgbp.errors import OnnxgbpError
@@ -28,12 +29,12 @@ from onnxgbp.files import write
 from onnxgbp.normalise import normalise
 from onnxgbp.shapes import infer_shapes
 from onnxgbp.stream import Detached, attached, detach
+from onnxgbp.untrusted import METADATA
 
 __all__ = ["METADATA", "ModelLike", "Source", "load", "raised", "save", "to_proto"]
 
 ModelLike: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto"
 
-METADATA = "onnxgbp."  # the prefix of everything that we write into metadata_props
 OLDEST_OPSET = 7  # broadcasting as numpy does it starts here
 _BFLOAT16_OPSET = 22  # the first whose convolutions and pools take it
 LOWEST_OPSET = 9  # the first with Where, which every gate needs; older files are raised to it
@@ -83,6 +84,7 @@ def load(source: ModelLike) -> Source:
     if proto.functions:
         with _meaning(f"{where}: its local functions cannot be inlined"):
             proto = onnx.inliner.inline_local_functions(proto, convert_version=True)
+    untrusted.check_inlined(proto, where)
     _check_nodes(proto, where, detached)
     if _opset(proto) < LOWEST_OPSET:
         if any(node.op_type == "Scan" for graph in external.graphs(proto.graph) for node in graph.node):
@@ -208,6 +210,7 @@ def _opset(proto: onnx.ModelProto) -> int:
 
 
 def _check_proto(proto: onnx.ModelProto, where: str) -> None:
+    untrusted.check(proto, where)
     opset, newest = _opset(proto), onnx.defs.onnx_opset_version()
     if opset < OLDEST_OPSET:
         raise OnnxgbpError(f"{where} has opset {opset}, older than {OLDEST_OPSET}: export it again with a newer opset")
@@ -233,6 +236,10 @@ def _check_proto(proto: onnx.ModelProto, where: str) -> None:
 
 def _check_names(graph: onnx.GraphProto, where: str, outer: frozenset[str] = frozenset()) -> None:
     """Every tensor is made once, and before it is read (its order in the file does not matter); so in sub-graphs."""
+    for kind in ("input", "initializer"):
+        counts = Counter(value.name for value in getattr(graph, kind))
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise OnnxgbpError(f"{where} is not a valid graph: {kind} '{twice[0]}' stands there twice")
     made = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         for name in node.output:

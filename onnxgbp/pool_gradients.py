@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -32,7 +34,7 @@ def max_pool_by_comparison(op: Emit, node: ir.Node) -> ir.Value:
     """
     dy, x, y = operands(node)
     geometry: Window = node.meta["window"]
-    elements, channels = int(np.prod(geometry.kernel)), (dims_of(x) or (0, 0))[1]
+    elements, channels = math.prod(geometry.kernel), (dims_of(x) or (0, 0))[1]
     pool, maker = y.producer(), x.producer()
     quantised = maker is not None and maker.op_type == "DequantizeLinear"
     if not (
@@ -52,6 +54,7 @@ def max_pool_by_comparison(op: Emit, node: ir.Node) -> ir.Value:
     if padded is not x:
         padded.shape = ir.Shape([(dims_of(x) or ())[0], channels, None, None])
     below = depthwise(op, y, -1.0)
+    op.sized(elements, elements)
     one_hot = np.eye(elements).reshape(elements, 1, 1, *geometry.kernel)
     left, parts = dy, list[ir.Value]()
     for element in range(elements - 1):
@@ -104,7 +107,8 @@ def max_pool_portable(op: Emit, node: ir.Node) -> ir.Value:
     dy, x, y = operands(node)
     geometry: Window = node.meta["window"]
     rows = _rows(op, _padded(op, x, y, geometry, op.like(_lowest(x), x)), geometry)
-    elements = int(np.prod(geometry.kernel))
+    elements = math.prod(geometry.kernel)
+    op.sized(elements, elements)
     one_hot = op.like(np.eye(elements).reshape(elements, 1, *geometry.kernel), x)
     windows = op.Conv(rows, one_hot, strides=geometry.strides, dilations=geometry.dilations)
     order = op.constant(np.arange(elements, dtype=np.int64).reshape(1, -1, *[1] * geometry.rank))
@@ -117,7 +121,7 @@ def sum_pool_grad(op: Emit, node: ir.Node) -> ir.Value:
     """Each element gets the sum over the windows that hold it."""
     share, x = operands(node)
     geometry: Window = node.meta["window"]
-    ones = op.like(np.ones((1, 1, *geometry.kernel)), x)
+    ones = op.like(np.ones(op.sized(1, 1, *geometry.kernel)), x)
     return op.reshape_like(transposed(op, _rows(op, share, geometry), ones, x, geometry), x)
 
 
@@ -138,7 +142,7 @@ def average_pool_grad_blocked(op: Emit, node: ir.Node) -> ir.Value:
     dy, x, y = operands(node)
     geometry: Window = node.meta["window"]
     counts = _window_counts(op, x, y, geometry, node.meta["count_include_pad"]) if geometry.static else None
-    elements, pads = int(np.prod(geometry.kernel)), geometry.pads or []
+    elements, pads = math.prod(geometry.kernel), geometry.pads or []
     if counts != elements or set(geometry.dilations) != {1} or geometry.whole:
         return average_pool_grad(op, node)
     if set(geometry.strides) == {1}:
@@ -147,7 +151,7 @@ def average_pool_grad_blocked(op: Emit, node: ir.Node) -> ir.Value:
     channels = (dims_of(x) or (0, 0))[1]
     if geometry.strides != geometry.kernel or any(pads) or not isinstance(channels, int):
         return average_pool_grad(op, node)
-    share = op.like(np.full((channels, 1, *geometry.kernel), 1 / elements), x)
+    share = op.like(np.full(op.sized(channels, 1, *geometry.kernel), 1 / elements), x)
     return transposed(op, dy, share, x, geometry, channels)
 
 
@@ -158,6 +162,7 @@ def _window_counts(op: Emit, x: ir.Value, y: ir.Value, geometry: Window, include
         counts = np.ones([1, 1, *[1] * rank])
         for i, (size, out) in enumerate(zip(ints(geometry.size), ints(geometry.out), strict=True)):
             begin, end = geometry.pads[i], geometry.pads[i + rank]
+            op.sized(out, geometry.kernel[i])
             steps = np.arange(geometry.kernel[i]) * geometry.dilations[i]
             places = np.arange(out)[:, None] * geometry.strides[i] - begin + steps[None]
             low, high = (-begin, size + end) if include_pad else (0, size)
@@ -175,9 +180,8 @@ def _window_counts(op: Emit, x: ir.Value, y: ir.Value, geometry: Window, include
         padded = _padded(op, ones, y, geometry, op.like(0, x))
     else:
         padded = _padded(op, ones, y, geometry, op.like(1 if include_pad else 0, x), x)
-    return op.Conv(
-        padded, op.like(np.ones((1, 1, *geometry.kernel)), x), strides=geometry.strides, dilations=geometry.dilations
-    )
+    ones = op.like(np.ones(op.sized(1, 1, *geometry.kernel)), x)
+    return op.Conv(padded, ones, strides=geometry.strides, dilations=geometry.dilations)
 
 
 def _lowest(x: ir.Value) -> float:

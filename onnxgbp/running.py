@@ -113,6 +113,8 @@ class Running:
         names = [output.name for output in self.session.get_outputs()]
         self._ours = [*result_names(self.methods, self.wrt), "attribution_target"]
         ours = {*self._ours, *self._watched}
+        if lacking := [name for name in self._ours if name not in names]:
+            raise OnnxgbpError(f"{self.name} is no whole converted file: it has no output '{lacking[0]}'")
         self._theirs = [name for name in names if name not in ours]  # and the views, which stand last
         types = {output.name: output.type for output in self.session.get_outputs()}
         self.scores_output = scores_output(proto, self.metadata[METADATA + "explained"], self._theirs)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from onnxgbp.curves import Panel, save_curves
+from onnxgbp.errors import printable
 from onnxgbp.files import output_file, write
 from onnxgbp.maps import MEASURES
 from onnxgbp.render import signed_picture
@@ -153,7 +154,7 @@ class SanityReport:
             if all(rows):
                 lines.append(f"{title:<{width}}" + "".join(f"  {_cell(row)} {'':7}" for row in rows))
         lines += [f"{one.method}: {one.verdict(zero_mean=self.zero_mean)}" for one in self.methods]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(printable(line.rstrip()) for line in lines)
 
 
 # --- pictures -------------------------------------------------------------------------------------

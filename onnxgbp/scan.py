@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnxgbp.branches import detach
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.untrusted import MOST_NODES
 
 __all__ = ["Body", "flipped", "scan", "unroll_scans"]
 
@@ -102,6 +103,11 @@ def unroll_scans(op: Emit) -> None:
                 "the model with a fixed length, or use profile ort"
             )
         op.scope = (node.name or "").rpartition("/")[0]
+        if node.meta["length"] * len(node.attributes["body"].as_graph()) > MOST_NODES:
+            raise OnnxgbpError(
+                f"the portable profile has no loops, and written out the {node.meta['length']} steps of '{node.name}' "
+                f"are more than {MOST_NODES} nodes: use profile ort"
+            )
         results = _unrolled(op, node, node.meta["length"])
         op.graph.insert_before(node, op.take())
         for output, result in zip(node.outputs, results, strict=True):

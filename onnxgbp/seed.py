@@ -149,6 +149,7 @@ def _classes(op: Emit, tensor: ir.Value, target: str | int) -> Seed:
     dims = dims_of(tensor) or ()
     classes, trivial, count = dims[1], [1] * (len(dims) - 2), classes_of(target)
     if isinstance(target, int) and isinstance(classes, int) and 0 <= target < classes:
+        op.sized(1, classes)
         row = op.like(np.eye(1, classes, target).reshape(1, classes, *trivial), tensor)
         seed = op.typed(op.Expand(row, op.shape(tensor)), tensor)
         return Seed([seed], _strongest(op, seed))

@@ -8,6 +8,7 @@ of sizes. So shapes that are computed from `Shape` nodes, as exporters write the
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxgbp.branches import loop_states
-from onnxgbp.constants import FOLDABLE, SMALL, evaluate, is_constant
+from onnxgbp.constants import FOLDABLE, SMALL, Folding, evaluate, is_constant
 from onnxgbp.step import Step
 from onnxgbp.vjps import svm
 
@@ -91,6 +92,8 @@ _UNKNOWN_TO_ONNX = frozenset({"GroupNormalization", "MeanVarianceNormalization",
 # Operators of opset 12 to 15 without inference of their own, and one that has the same.
 _TWINS = {"GreaterOrEqual": "Greater", "LessOrEqual": "Less"}
 
+_LONGEST = 1 << 60  # numbers of an array, even one that takes no memory, as numpy counts them
+
 _POOLS = frozenset({"AveragePool", "LpPool", "MaxPool"})
 
 
@@ -142,6 +145,7 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> tu
     """The types under one choice of sizes, and the small tensors that follow from the shapes alone."""
     types: Types = {}
     known: dict[str, onnx.TensorProto] = {}
+    folding = Folding()
     for value in graph.inputs:
         if value.type is None:
             continue
@@ -181,7 +185,7 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> tu
             _scored(entry, types)
         if entry.node.op_type in _POOLS:
             _drop_outer_windows(entry, types)
-        _compute(entry, types, known)
+        _compute(entry, types, known, folding)
     return types, known
 
 
@@ -224,14 +228,14 @@ def _drop_outer_windows(entry: _Node, types: Types) -> None:
                 dim.dim_value -= (dim.dim_value - 1) * strides[axis] >= size.dim_value + begins[axis]
 
 
-def _compute(entry: _Node, types: Types, known: dict[str, onnx.TensorProto]) -> None:
+def _compute(entry: _Node, types: Types, known: dict[str, onnx.TensorProto], folding: Folding) -> None:
     """Keeps the value of a node that tells a shape: from known values, or `Shape` of a known shape."""
     node = entry.proto
     if node.op_type == "Constant" and not node.domain:
         tensor = next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
         if tensor is None:
             known.update(_values(entry, {}))
-        elif int(np.prod(tensor.dims, dtype=np.int64)) <= SMALL:
+        elif math.prod(tensor.dims) <= SMALL:
             known[node.output[0]] = tensor
         return
     if node.domain or node.op_type not in FOLDABLE or not node.output:
@@ -241,18 +245,19 @@ def _compute(entry: _Node, types: Types, known: dict[str, onnx.TensorProto]) -> 
     if (
         result is None
         or any(not dim.HasField("dim_value") for dim in dims)
-        or np.prod([dim.dim_value for dim in dims], dtype=np.int64) > SMALL
+        or (node.op_type not in ("Shape", "Size") and any(name not in known for name in node.input if name))
+        or not folding.allows([dim.dim_value for dim in dims])
     ):
         return
     if node.op_type in ("Shape", "Size"):
         shape = [
             dim.dim_value if dim.HasField("dim_value") else None for dim in types[node.input[0]].tensor_type.shape.dim
         ]
-        if None not in shape:
-            known.update(_values(entry, {node.input[0]: np.broadcast_to(np.float32(0), [int(d or 0) for d in shape])}))
+        sizes = [int(d) for d in shape if d is not None]
+        if len(sizes) == len(shape) and math.prod(sizes) < _LONGEST:
+            known.update(_values(entry, {node.input[0]: np.broadcast_to(np.float32(0), sizes)}))
         return
-    if all(name in known for name in node.input if name):
-        known.update(_values(entry, {name: onnx.numpy_helper.to_array(known[name]) for name in node.input if name}))
+    known.update(_values(entry, {name: onnx.numpy_helper.to_array(known[name]) for name in node.input if name}))
 
 
 def _values(entry: _Node, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, onnx.TensorProto]:

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from onnxgbp.constants import constant_value
-from onnxgbp.errors import OnnxgbpError
+from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 
-__all__ = ["Step", "label"]
+__all__ = ["Step", "label", "trusting"]
 
 
 def label(node: ir.Node) -> str:
     """The name by which people and `--rule` patterns know a node; exporters may leave it empty."""
     return node.name or f"{node.op_type}({node.outputs[0].name})"
+
+
+@contextlib.contextmanager
+def trusting(name: str) -> Iterator[None]:
+    """A rule takes the node called so to be as the standard says. Where a file breaks that, it fails in many ways, and
+    each means the same to a user.
+    """
+    try:
+        yield
+    except (OnnxgbpError, OpsetTooLowError):
+        raise
+    except MemoryError as error:
+        raise OnnxgbpError(f"the gradient of node '{name}' takes more memory than there is") from error
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise OnnxgbpError(
+            f"the gradient of node '{name}' cannot be written; is the node as the standard defines it? ({said})"
+        ) from error
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.labels import labels_of
 from onnxgbp.model import METADATA, load
 from onnxgbp.results import result_names
+from onnxgbp.untrusted import require_record
 
 __all__ = ["export_triton"]
 
@@ -117,6 +118,7 @@ def _ends(path: Path) -> tuple[list[_Tensor], list[_Tensor], list[str]]:
     source = load(path)
     if METADATA + "method" not in source.model.metadata_props:
         raise OnnxgbpError(f"{path} is no converted file: make one with onnxgbp convert {path} -o OUT.onnx")
+    require_record(source.model.metadata_props, str(path))
     ends: tuple[list[_Tensor], list[_Tensor]] = ([], [])
     weights = set(source.model.graph.initializers)
     for found, values in zip(ends, (source.model.graph.inputs, source.model.graph.outputs), strict=True):

@@ -18,7 +18,7 @@ from onnxgbp.checks import attribution, file
 from onnxgbp.checks.deployment import Runtime, parse_runtime, stands_in_the_way
 from onnxgbp.checks.row import Check, row
 from onnxgbp.checks.subject import Subject
-from onnxgbp.errors import OnnxgbpError
+from onnxgbp.errors import OnnxgbpError, printable
 from onnxgbp.scale import computes_in_float16
 
 __all__ = ["Check", "Report", "verify_model"]
@@ -54,7 +54,7 @@ class Report:
             lines.append(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:<{width}}  {said}")
         failed = sum(not check.passed for check in self.checks)
         lines.append(f"{self.file}: " + (f"{failed} of {len(self.checks)} checks failed" if failed else "verified"))
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def verify_model(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.model import METADATA
+from onnxgbp.untrusted import METADATA, json_entry
 
 __all__ = ["REDUCTIONS", "VIEWS", "View", "add_views", "channel_axis"]
 
@@ -91,7 +90,7 @@ def _output(op: Emit, name: str, value: ir.Value, shape: Sequence[int | str | No
 
 def channel_axis(dims: Sequence[int | str | None], metadata: Mapping[str, str], rows: int) -> int:
     """The axis of the channels: as the metadata says, else as the sizes tell, else the first behind the rows."""
-    said = json.loads(metadata.get(METADATA + "preprocessing", "{}"))
+    said = json_entry(metadata, "preprocessing") if METADATA + "preprocessing" in metadata else {}
     layout = said.get("layout") if isinstance(said, dict) else None
     last = len(dims) - 1
     if layout is not None:

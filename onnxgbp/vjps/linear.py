@@ -26,7 +26,12 @@ def conv_x(op: Emit, s: Step) -> ir.Value:
     w = s.input(1)
     if dims_of(w) is not None and s.rank(w) != s.rank():
         raise s.refuse(f"its weight '{w.name}' has {s.rank(w)} axes and its input {s.rank()}; the model is not valid")
-    return op.private("ConvGrad", s.dy, w, s.x, like=s.x, window=window(s, dims_of(w)), group=int(s.argument("group")))
+    group, outputs = int(s.argument("group")), (dims_of(w) or (None,))[0]
+    if group < 1 or (isinstance(outputs, int) and (outputs % group or not outputs)):
+        raise s.refuse(
+            f"its {outputs or 'unknown'} outputs cannot be split into {group} groups; the model is not valid"
+        )
+    return op.private("ConvGrad", s.dy, w, s.x, like=s.x, window=window(s, dims_of(w)), group=group)
 
 
 def conv_transpose_x(op: Emit, s: Step) -> ir.Value:
@@ -53,6 +58,7 @@ def col2im_x(op: Emit, s: Step) -> ir.Value:
         raise s.refuse("its block_shape is missing")
     image = [op.dim(s.y, axis) for axis in range(2, s.rank(s.y))]
     size = math.prod(block)
+    op.sized(size, size)
     kernel = op.like(np.eye(size).reshape(size, 1, *block), s.dy)
     given = {name: s.ints(name) for name in ("dilations", "pads", "strides")}
     columns = op.Conv(op.Reshape(s.dy, op.vector(-1, 1, *image)), kernel, **given)  # [N C, block, columns...]

@@ -34,6 +34,8 @@ def lrn_x(op: Emit, s: Step) -> ir.Value:
 
     dx = dy b^-beta - 2 alpha beta / size * x * (sum of dy y / b over the channels that have this one as neighbour).
     """
+    if s.rank() < 3:
+        raise s.refuse(f"its input has {s.rank()} axes, not [N, C, ...]; the model is not valid")
     size, alpha, beta, bias = int(s.argument("size")), *(float(s.argument(n)) for n in ("alpha", "beta", "bias"))
     before, after = (size - 1) // 2, size // 2
     b = op.Add(op.Mul(_across_channels(op, op.Mul(s.x, s.x), s, before, after), alpha / size), bias)
@@ -46,7 +48,7 @@ def _across_channels(op: Emit, value: ir.Value, s: Step, before: int, after: int
     """The sum over a window of channels, as a convolution along them."""
     size = before + after + 1
     rows = op.Reshape(value, _rows(op, s))
-    ones = op.like(np.ones((1, 1, size, 1)), value)
+    ones = op.like(np.ones(op.sized(1, 1, size, 1)), value)
     summed = op.Conv(rows, ones, kernel_shape=[size, 1], pads=[before, 0, after, 0])
     return op.reshape_like(summed, s.x)
 

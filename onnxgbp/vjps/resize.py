@@ -18,6 +18,7 @@ from onnxgbp.vjps.shape import contract
 __all__ = ["VJPS"]
 
 _KEPT = {"mode", "coordinate_transformation_mode", "cubic_coeff_a", "exclude_outside", "nearest_mode", "antialias"}
+_LONGEST = 1 << 16  # the evaluator, which computes the matrix, goes by single entries
 _POLICIES = {"not_larger": min, "not_smaller": max}
 
 
@@ -41,6 +42,9 @@ def resize_x(op: Emit, s: Step) -> ir.Value:
             continue
         if not isinstance(size, int) or not isinstance(out, int):
             raise s.refuse("it changes a free dim; export the model with a fixed input size")
+        op.sized(size, max(size, out))
+        if out > _LONGEST:
+            raise s.refuse(f"it makes an axis of {out} entries, more than {_LONGEST}, which takes too long to compute")
         arrays = {"x": np.eye(size)}
         if region is not None:
             # One entry is read in the middle: said so, since the evaluator takes a length of 0.999... for more.

@@ -173,7 +173,7 @@ class _Grid:
         ratio = int(s.argument("sampling_ratio"))
         if ratio > 0:
             samples = op.like(ratio, step)
-            numbers = op.like(np.arange(ratio).reshape(1, 1, ratio), step)
+            numbers = op.like(np.arange(op.sized(ratio)[0]).reshape(1, 1, ratio), step)
         else:  # as many as the region has pixels in a bin, at run time; each axis of x has its own number
             samples = op.Ceil(step)
             most = op.ReduceMax(op.Concat(op.Reshape(samples, [-1]), op.like(np.ones(1), step), axis=0), keepdims=0)
@@ -182,7 +182,9 @@ class _Grid:
         self.count = op.Max(samples, op.like(1, step))
         self.exists = op.Less(numbers, samples)
         within = op.Div(op.Add(numbers, 0.5), self.count)
-        place = op.Add(start, op.Mul(step, op.Add(within, op.like(np.arange(bins).reshape(1, bins, 1), step))))
+        place = op.Add(
+            start, op.Mul(step, op.Add(within, op.like(np.arange(op.sized(bins)[0]).reshape(1, bins, 1), step)))
+        )
         size = op.cast_like(op.dim(s.x, axis), step)
         outside = op.Or(op.Less(place, -1.0), op.Greater(place, size))
         self.real = op.And(self.exists, op.Not(outside))

@@ -87,6 +87,7 @@ def copies(op: Emit, s: Step, axis: int, copied: np.ndarray[Any, Any] | ir.Value
     """The 0/1 matrix [out, size] for an axis whose entries were copied from the places `copied`."""
     size = (dims_of(s.x) or ())[axis]
     if isinstance(copied, np.ndarray) and isinstance(size, int):
+        op.sized(len(copied), size)
         return op.like((copied[:, None] == np.arange(size)[None]).astype(np.float64), s.x)
     places = op.Reshape(op.positions(s.x, axis), [1, -1])
     return op.cast_like(op.Equal(op.Reshape(copied, [-1, 1]), places), s.x)
@@ -97,7 +98,7 @@ def _padded_places(op: Emit, s: Step, axis: int, begin: int, end: int, mode: str
     size = (dims_of(s.x) or ())[axis]
     if isinstance(size, int):
         numpy_modes: dict[str, Any] = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
-        return np.pad(np.arange(size), (begin, end), mode=numpy_modes[mode])
+        return np.pad(np.arange(op.sized(size)[0]), (begin, end), mode=numpy_modes[mode])
     return op.Pad(op.Reshape(op.positions(s.x, axis), [-1]), pads=[begin, end], mode=mode)
 
 
@@ -136,7 +137,7 @@ def _scatter(op: Emit, s: Step, dy: ir.Value, axis: int, start: int, end: int, s
         return op.Slice(dy, starts=[-1], ends=[-_FAR - 1], axes=[axis], steps=[-1])
     if isinstance(size, int):
         stop = None if stride < 0 and end < -_FAR else end  # "before the first" is None in Python
-        taken: np.ndarray[Any, Any] | ir.Value = np.arange(size)[start:stop:stride]
+        taken: np.ndarray[Any, Any] | ir.Value = np.arange(op.sized(size)[0])[start:stop:stride]
     else:
         places = op.Reshape(op.positions(s.x, axis), [-1])
         taken = op.Slice(places, starts=[start], ends=[end], axes=[0], steps=[stride])

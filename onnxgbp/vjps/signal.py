@@ -32,10 +32,10 @@ def dft_x(op: Emit, s: Step) -> ir.Value:
     inverse, half = bool(s.argument("inverse")), bool(s.argument("inverse") and s.argument("onesided"))
     length = int(s.argument("dft_length") or (bins if half else size))
     used = min(size, length // 2 + 1 if half else length)  # a longer signal is cut, a shorter one padded with zeros
+    matrix = np.zeros(op.sized(bins, 2, size, parts))
     cos, sin = _waves(bins, used, length)
     sign, scale = (1, 1 / length) if inverse else (-1, 1)
     # [bin, part of Y, sample, part of X]: (xr + i xi) (cos + i sign sin)
-    matrix = np.zeros((bins, 2, size, parts))
     matrix[:, 0, :used, 0], matrix[:, 1, :used, 0] = cos, sign * sin
     if parts == 2:
         matrix[:, 0, :used, 1], matrix[:, 1, :used, 1] = -sign * sin, cos
@@ -63,6 +63,7 @@ def stft_x(op: Emit, s: Step) -> ir.Value:
         raise s.refuse("its frame length or number of bins is not known; export the model with constants")
     if len(sizes) == 3 and sizes[2] != 1:
         raise s.refuse("its signal is complex, for which there is no rule")
+    op.sized(2 * bins, int(length))
     shape = np.ones(int(length)) if window is None else np.asarray(window, np.float64)
     if len(shape) != int(length):
         raise s.refuse("its window is not as long as a frame")
