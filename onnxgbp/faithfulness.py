@@ -116,7 +116,7 @@ def check_faithfulness(
     source = load(model)
     refuse_converted(source)
     options: dict[str, Any] = {"output": output, "provider": provider, "diagnose": False}
-    besides = with_baselines(names, source, images, limit=limit, **preprocessing)
+    besides = with_baselines(names, source, images, limit=limit, on_error=on_error, **preprocessing)
     explainers = {name: Explainer(str(model), method=name, **options, **besides[name]) for name in names}
     first = explainers[names[0]]
     if len(first.inputs) != 1:

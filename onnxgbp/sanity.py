@@ -82,7 +82,7 @@ def check_sanity(
         raise OnnxgbpError(f"the random seed is {random_seed}, not a number of 0 or more")
     random = [random_weights(layer, (random_seed, i), zero_mean=zero_mean) for i, layer in enumerate(opened.layers)]
     draw = np.random.default_rng((random_seed, len(random)))
-    besides = with_baselines(names, source, images, limit=limit, **preprocessing)
+    besides = with_baselines(names, source, images, limit=limit, on_error=on_error, **preprocessing)
     checker = _Checker(opened, random, draw, besides, output, provider, preprocessing)
     if out is not None:
         require_plots()

@@ -150,6 +150,17 @@ def test_expected_gradients_draw_from_the_samples(dense: Path) -> None:
     assert report.methods[0].class_swap == pytest.approx(similarity([likeness(a, b, None) for a, b in pairs]), abs=1e-3)
 
 
+def test_a_photo_that_cannot_be_read_is_no_baseline_either(tmp_path: Path, photos: Path) -> None:
+    (photos / "bad.png").write_bytes(b"no picture")
+    said: list[str] = []
+    net = picture_net(tmp_path / "net.onnx")
+    report = check_sanity(net, photos, methods="expected-gradients", on_error=said.append)
+    assert [Path(name).name for name in report.samples] == ["0.png", "1.png", "2.png"]
+    assert len(said) == 1
+    with pytest.raises(OnnxgbpError, match=r"bad\.png"):
+        check_sanity(net, photos, methods="expected-gradients")
+
+
 # --- weights as inputs ----------------------------------------------------------------------------
 
 
