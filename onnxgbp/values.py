@@ -31,7 +31,13 @@ def from_device(value: Any) -> Any:
     Raises:
         OnnxgbpError: this ONNX Runtime takes no such arrays. What the library itself raises goes through.
     """
-    if is_held(value) or not hasattr(value, "__dlpack_device__") or value.__dlpack_device__()[0] in _HOST:
+    if is_held(value) or not hasattr(value, "__dlpack_device__"):
+        return value
+    try:
+        device = value.__dlpack_device__()[0]
+    except Exception:  # noqa: BLE001 - it lies on no single device, say: numpy may still read it
+        return value
+    if device in _HOST:
         return value
     runtime = onnxruntime_module()
     if not hasattr(runtime.OrtValue, "from_dlpack"):

@@ -128,6 +128,18 @@ def test_values_refused(given: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_what_lies_on_no_single_device_is_left_to_numpy() -> None:
+    class Spread(Elsewhere):
+        def __dlpack_device__(self) -> tuple[int, int]:
+            raise ValueError("on several devices")
+
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            return self._array
+
+    explainer = Explainer(net(), provider="cpu")
+    np.testing.assert_array_equal(explainer(Spread(X), 1).attribution, explainer(X, 1).attribution)
+
+
 def test_a_value_of_another_device_is_refused() -> None:
     class Cuda(ort.OrtValue):  # type: ignore[misc, name-defined]
         def device_name(self) -> str:
