@@ -145,6 +145,8 @@ def write_report(
             kept = parts.made({"photo": hashlib.sha256(data).hexdigest()}, functools.partial(maps.of, path, data))
             listed.append([path.name, hashlib.sha256(data).hexdigest()])
             entries.append({"file": path.name, "error": None} | kept)
+        except _UnwrittenError:
+            raise
         except OnnxgbpError as error:
             said = str(error).removeprefix(f"cannot read {path}: ")
             say(f"{path}: {said}")
@@ -156,10 +158,15 @@ def write_report(
 
     once = tuple(name for name in shown if find_method(name).sample is None)
     common: dict[str, Any] = {"output": output, **preprocessing}
-    drawn: dict[str, Any] = {"limit": evaluate, "random_seed": random_seed, "provider": provider, **common}
+    drawn: dict[str, Any] = {
+        "limit": min(evaluate, len(listed)),
+        "random_seed": random_seed,
+        "provider": provider,
+        **common,
+    }
     drawn["on_error"] = _pass  # each was told above
     evaluations: dict[str, Callable[[], Any]] = {
-        "health": functools.partial(model_health, model, images, target=target, limit=count, **common)
+        "health": functools.partial(model_health, model, images, target=target, limit=len(listed), **common)
     }
     if evaluate:
         evaluations["sanity"] = functools.partial(check_sanity, model, images, methods=once, **drawn)
@@ -169,11 +176,14 @@ def write_report(
     sections: dict[str, Any] = {"sanity": None, "faithfulness": None}
     for name, measure in evaluations.items():
         steps.next(name)
-        facts = {"evaluation": name, "photos": listed, "evaluate": evaluate, "limit": limit}
+        facts: dict[str, Any] = {"evaluation": name, "of": [str(images), listed, list(map(str, failed))]}
+        facts |= {} if name == "health" else {"evaluate": evaluate}
         try:
             if name == "sanity" and not once:
                 raise OnnxgbpError("every method shown runs the model at many points; onnxgbp sanity measures them")
             sections[name] = parts.made(facts, functools.partial(_findings, measure))
+        except _UnwrittenError:
+            raise
         except OnnxgbpError as error:
             say(f"{name}: {error}")
             sections[name] = {"error": str(error)}
@@ -223,6 +233,10 @@ class _Steps:
         self._done += 1
 
 
+class _UnwrittenError(OnnxgbpError):
+    """A part cannot be kept: the end of the run, not a fault of a photo."""
+
+
 class _Parts:
     """What is done so far: a file of JSON for each part, named by all that it depends on."""
 
@@ -244,7 +258,10 @@ class _Parts:
             kept: dict[str, Any] = json.loads(path.read_bytes())
             return kept
         text = json.dumps(json_numbers(make()), allow_nan=False)
-        write(path, text.encode())
+        try:
+            write(path, text.encode())
+        except OnnxgbpError as error:
+            raise _UnwrittenError(str(error)) from None
         made: dict[str, Any] = json.loads(text)
         return made
 

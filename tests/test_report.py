@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -337,6 +338,18 @@ def test_parts_of_other_options_are_not_taken(model: Path, photos: Path, tmp_pat
         write_report(model, photos, fresh, **{"methods": FEW, "evaluate": 1} | options)
         assert out.read_bytes() == fresh.read_bytes()
     assert [path.name for path in parts.iterdir()] == ["notes.txt"]
+
+
+def test_a_full_disk_is_not_the_photos_fault(model: Path, photos: Path, tmp_path: Path) -> None:
+    """A folder that is gone cannot be written either."""
+
+    def remove(done: int, count: int, what: str) -> None:
+        if what == "2.png":
+            shutil.rmtree(tmp_path / "r.html.parts")
+
+    with pytest.raises(OnnxgbpError, match="cannot write"):
+        write_report(model, photos, tmp_path / "r.html", methods=FEW, progress=remove)
+    assert not (tmp_path / "r.html").exists()
 
 
 # --- in a browser -----------------------------------------------------------------------------------
