@@ -5,7 +5,8 @@ whole tensor wherever an operator that knows no blocks stands between two that d
 equal shapes, Concat and Relu, Sigmoid, Tanh know them; Where, Greater and Split do not. So a mask between two
 convolutions is spelled here as a 1x1 convolution and a product.
 
-What is rewritten gives the same numbers, but where a gradient is not finite: 0 * inf is NaN, which the map then shows.
+What is rewritten gives the same numbers, but where a gradient is not finite: 0 * inf is NaN, which the map then shows;
+and, at a closed ReLU6 under guided backpropagation, where it is above 2^100.
 """
 
 from __future__ import annotations
