@@ -375,7 +375,7 @@ def write(rows: list[Row], path: Path) -> None:
 @click.option("--threads", type=int, default=os.cpu_count() or 1, show_default=True, help="The same for every process.")
 @click.option("--rounds", type=int, default=7, show_default=True, help="How often each process has its turn.")
 @click.option("--runs", type=int, default=5, show_default=True, help="Calls in each turn.")
-@click.option("--seconds", type=float, default=40, show_default=True, help="For each network and batch, about.")
+@click.option("--seconds", type=float, default=30, show_default=True, help="For each network and batch, about.")
 @click.option(
     *("--peer", "--peers", "peers"),
     multiple=True,
