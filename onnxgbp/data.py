@@ -94,14 +94,13 @@ def batches(
 
 
 def whole(
-    path: str | Path, inputs: Sequence[InputSpec], metadata: Mapping[str, str], **options: Any
+    path: str | Path, inputs: Sequence[InputSpec], metadata: Mapping[str, str], name: str, **options: Any
 ) -> npt.NDArray[Any]:
-    """The samples of a data set for a model of one input in one array [M, ...]. The arguments are those of `batches`.
+    """What a data set holds for the input of that name, in one array [M, ...]; other arguments as for `batches`.
 
     Raises:
         OnnxgbpError: as there, or for samples of different shapes.
     """
-    name = inputs[0].name
     parts = [batch.feeds[name][: len(batch.names)] for batch in batches(path, inputs, metadata, **options)]
     if len({part.shape[1:] for part in parts}) > 1:
         raise OnnxgbpError(f"the samples of {path} differ in shape: give --size and --crop, or samples of one shape")

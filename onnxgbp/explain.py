@@ -412,7 +412,7 @@ def baseline_of(explainer: Explainer, **preprocessing: Any) -> npt.NDArray[Any] 
         )
     if not isinstance(given, str):
         return None
-    return whole(given, explainer.inputs, explainer.metadata, **preprocessing)
+    return whole(given, explainer.inputs, explainer.metadata, explainer.wrt[0], **preprocessing)
 
 
 def make_folder(out: Path, images: Sequence[Path]) -> None:

@@ -166,7 +166,7 @@ def with_baselines(
         )
     if options.get("on_error") is not None:
         options["on_error"] = lambda _line: None  # told when the samples are evaluated
-    samples = whole(images, inputs, source.model.metadata_props, **options)
+    samples = whole(images, inputs, source.model.metadata_props, inputs[0].name, **options)
     return {name: {"baseline": samples} if name in drawing else {} for name in methods}
 
 

@@ -741,6 +741,22 @@ def test_a_batch_that_the_model_fixes(tmp_path: Path) -> None:
         np.testing.assert_allclose(np.load(tmp_path / "out" / f"x-{i}.attribution.npy"), expected[i], rtol=1e-5)
 
 
+def test_the_baseline_of_one_of_several_inputs(tmp_path: Path) -> None:
+    body = """(int64[N,1] count, float[N,4] x) => (float[N,3] y) {
+        f = Cast <to = 1> (count) m = Mul(x, f) h = MatMul(m, W) r = Relu(h) y = MatMul(r, V)
+    }"""
+    model = model_of(tmp_path / "net.onnx", body, W=floats(4, 8), V=floats(8, 3))
+    feeds, start = {"count": np.array([[2]]), "x": floats(1, 4)}, {"count": np.array([[7]]), "x": floats(1, 4)}
+    np.savez(tmp_path / "x.npz", count=feeds["count"], x=feeds["x"])
+    np.savez(tmp_path / "start.npz", count=start["count"], x=start["x"])
+    options = ["--method", "integrated-gradients", "--baseline", tmp_path / "start.npz"]
+    result = run(model, tmp_path / "x.npz", "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    expected = onnxgbp.Explainer(model, method="integrated-gradients", baseline=start["x"])(feeds)
+    found = np.load(tmp_path / "out" / "x-0.attribution.npy")
+    np.testing.assert_allclose(found, expected.attribution[0], rtol=1e-5)
+
+
 def test_a_picture_from_an_array(tmp_path: Path) -> None:
     model, out = tiny(tmp_path / "net.onnx"), tmp_path / "out"
     x = floats(2, 3, 8, 8)
