@@ -26,6 +26,7 @@ from environments import NotInstalledError
 
 from benchmark import networks
 from benchmark.peers import PEERS, ROOT, Peer
+from benchmark.worker import versions
 from onnxgbp.errors import OnnxgbpError
 
 RESULTS = ROOT / "tools" / "bench.json"
@@ -286,7 +287,14 @@ def converting(name: str, folder: Path, machine: Row, rounds: int) -> Iterator[R
     networks.export(name, str(source))
     spent = [convert(source, target) for _ in range(rounds)]
     size = source.stat().st_size
-    row = {"network": name, "batch": 1, "size": networks.NETWORKS[name].size, "case": "convert", **machine}
+    row = {
+        "network": name,
+        "batch": 1,
+        "size": networks.NETWORKS[name].size,
+        "case": "convert",
+        **machine,
+        "versions": versions(),
+    }
     yield row | {
         "convert_s": round(min(one.seconds for one in spent), 2),
         "convert_cpu_s": round(min(one.cpu_seconds for one in spent), 2),

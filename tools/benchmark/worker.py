@@ -119,12 +119,13 @@ def peak_mb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
+def versions() -> dict[str, str]:
+    """Of the packages that matter here, those that are installed."""
+    found = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def main() -> None:
@@ -134,7 +135,7 @@ def main() -> None:
     ready = time.perf_counter() - start
     for _ in range(WARM_UP):
         call()
-    print(json.dumps({"load_s": ready, "versions": _versions()}), flush=True)
+    print(json.dumps({"load_s": ready, "versions": versions()}), flush=True)
     for line in sys.stdin:
         calls, seconds = (float(part) for part in line.split())
         times, spent = list[float](), list[float]()
