@@ -73,6 +73,7 @@ ONNXTensorElementDataType code_of(Type type) {
 
 /// Loads the library, which stays: ONNX Runtime has threads and exit handlers of its own.
 void *load(const std::string &library) {
+    setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // from 1.29 on it reports to its makers; =0 in the environment lets it
     const char *environment = std::getenv("ONNXRUNTIME_LIBRARY");
     std::vector<std::string> names{"libonnxruntime.so.1", "libonnxruntime.so"};
     if (!library.empty())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -56,7 +59,8 @@ class Explainer:
         result = explainer(x, target=[[285, 282], [3, 4]])  # K classes per sample: attribution is [N, K, ...]
 
     One session is made here and used by every call; calls may come from several threads. It pickles by the model's
-    path (or its bytes, for a `ModelProto`) and the options; unpickling makes a new session.
+    path (or its bytes, for a `ModelProto`) and the options; unpickling makes a new session, and so does the first call
+    in a process that was forked, but on CUDA, which no fork survives: start such workers by spawn.
 
     Args:
         model: a path or a `ModelProto`: a classifier, or a file that `convert` wrote, which is run as it is.
@@ -197,6 +201,7 @@ class Explainer:
         self.wrt = self._running.wrt
         self.scores_output = self._running.scores_output
         """The name of the output that `Explanation.scores` holds."""
+        _ALIVE.add(self)
         if warm_up:
             self(zeros(self.inputs, warm_up))
             self._diagnose = diagnose
@@ -238,6 +243,8 @@ class Explainer:
             OnnxgbpError: an input of a wrong name, shape or type, a target that is out of range or of a wrong length,
                 or the runtime fails.
         """
+        if self._running.session is None:
+            self._reopen()
         # numpy's ndim and shape take what Target allows, lists of names included; their types say less
         if self.top is None and self.mode == "input" and np.ndim(target) == 2:  # type: ignore[arg-type]
             return self._classes(x, target, baseline)
@@ -268,6 +275,29 @@ class Explainer:
         warning = "; ".join(filter(None, (self._warning(attributions, feeds), made.float16)))
         attribution = self._arranged(attributions)
         return Explanation(attribution, scores, chosen, outputs, warning, made.float16, options, gap)
+
+    def _reopen(self) -> None:
+        """A session of this process, which was forked after the explainer was made."""
+        with self._lock:
+            if self._running.session is not None:
+                return
+            if self.provider == "cuda":
+                raise OnnxgbpError(
+                    f"{self.name} was opened on CUDA before this process was forked, and CUDA does not survive that: "
+                    "start workers by spawn, and the explainer pickles into them"
+                )
+            made = Explainer(self._model, **self._options | {"provider": self.provider})
+            if made.sha256 != self.sha256:
+                raise OnnxgbpError(f"{self.name} was changed after it was opened: make a new Explainer of it")
+            self._running = made._running
+
+    def _forked(self) -> None:
+        """Puts away what belongs to the parent's threads; in the child, where there are none."""
+        self._lock = threading.Lock()  # another thread may have held it
+        if self._running.session is not None:
+            # Never freed, not even at exit: that would wait for threads that are not there, and so would a call.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._running.session))
+            self._running.session = None
 
     def _warning(self, attributions: Sequence[Value], feeds: Mapping[str, Value]) -> str:
         """Which samples have a blank or a broken map, and why the first of each has; '' of maps on a device."""
@@ -399,6 +429,18 @@ class Explainer:
             last = "" if self.classes is None else f": the model has {self.classes} classes, 0 to {self.classes - 1}"
             raise OnnxgbpError(f"target {targets[wrong][0]} is out of range{last or '; it counts from 0'}")
         return targets
+
+
+_ALIVE: weakref.WeakSet[Explainer] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for explainer in list(_ALIVE):
+        explainer._forked()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _unpickle(model: str | bytes, options: dict[str, Any]) -> Explainer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import os
 from typing import Any
 
 from onnxgbp.errors import OnnxgbpError
@@ -37,7 +38,7 @@ def onnxruntime_distributions() -> dict[str, str]:
 
 
 def onnxruntime_module() -> Any:
-    """The module onnxruntime.
+    """The module onnxruntime, with its telemetry off unless the environment says ORT_DISABLE_TELEMETRY=0.
 
     Raises:
         OnnxgbpError: none is installed, or two over each other, or one that cannot be imported.
@@ -48,6 +49,9 @@ def onnxruntime_module() -> Any:
             f"{' and '.join(installed)} are both installed and overwrite each other's files; repair it with "
             f"pip uninstall -y {' '.join(installed)}, then install one of them again"
         )
+    # From 1.29 on it reports to its makers about the models it runs, unless told otherwise before it is imported; and
+    # the thread that does so keeps a process that was forked after from ever ending.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         module = importlib.import_module("onnxruntime")
         if hasattr(module, "InferenceSession"):
