@@ -211,3 +211,21 @@ def test_one_runtime_and_two(built: Built, tmp_path: Path, photo: Path) -> None:
 
 def onnxruntime_version() -> str:
     return importlib.metadata.version("onnxruntime")
+
+
+def test_the_pinned_requirements_are_within_the_bounds() -> None:
+    """tools/requirements.txt: every dependency of ours is there, each pin is admitted, and each has its hashes."""
+    lines = (ROOT / "tools" / "requirements.txt").read_text().replace("\\\n", "").splitlines()
+    pins: dict[str, list[str]] = {}
+    for line in lines:
+        if line.startswith("#"):
+            continue
+        requirement, *hashes = line.split("--hash=sha256:")
+        assert hashes, line
+        pin = Requirement(requirement)
+        pins.setdefault(pin.name, []).append(str(pin.specifier).removeprefix("=="))
+    for text in importlib.metadata.requires("onnxgbp") or []:
+        wanted = Requirement(text)
+        if wanted.marker is None or any(wanted.marker.evaluate({"extra": e}) for e in ("cpu", "batch", "plots", "dev")):
+            assert pins[wanted.name.lower()], wanted.name
+            assert all(wanted.specifier.contains(version) for version in pins[wanted.name.lower()]), wanted
