@@ -1,7 +1,7 @@
 """The oldest and the newest dependencies that pyproject.toml admits, on every Python that is supported.
 
     tools/test --matrix [PYTHON...]    3.10 to 3.13, or those named; writes tests/matrix.json
-    tools/test --matrix --here         the Python at hand, and writes nothing: what tools/test does by itself
+    tools/test --matrix --here         the Python at hand, and writes nothing
 
 Each environment lies in `.matrix/` and has onnxgbp's own dependencies, the extras of EXTRAS and pytest, nothing else:
 no torch. `oldest` are the lower bounds themselves, or, where a bound has no wheel for that Python, the first that has
