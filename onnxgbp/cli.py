@@ -679,7 +679,7 @@ def report(model: Path, images: Path, out: Path, **options: Any) -> None:
     The file needs no network and no other file. Started again after it was stopped, the command goes on: what is done
     is kept in OUT.parts until the file is there.
     """
-    from onnxgbp.html_report import write_report  # Pillow, onnxruntime and jinja2: only here
+    from onnxgbp.report import write_report  # Pillow, onnxruntime and jinja2: only here
 
     held: list[str] = []  # lines would break the bar
     try:

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from onnxgbp.compare import angle, divergence, median_error, rank_correlation, softmax
 from onnxgbp.errors import OnnxgbpError, printable
 from onnxgbp.explainer import Explainer
+from onnxgbp.findings import json_numbers
 from onnxgbp.model import METADATA
 from onnxgbp.pair import Pair, Result
-from onnxgbp.report import json_numbers
 
 __all__ = ["Difference", "MapRow", "SampleRow", "Thresholds", "diff_models"]
 

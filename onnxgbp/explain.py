@@ -24,13 +24,13 @@ from onnxgbp.errors import OnnxgbpError, printable
 from onnxgbp.explainer import Explainer
 from onnxgbp.explanation import Explanation
 from onnxgbp.files import MANIFEST, listed_files, output_file, write
+from onnxgbp.findings import json_numbers
 from onnxgbp.given import InputSpec
 from onnxgbp.images import Preprocessing, in_type, photos_in, read
 from onnxgbp.labels import labels_of
 from onnxgbp.methods import find_method, sampling_options, sampling_text
 from onnxgbp.model import METADATA
 from onnxgbp.render import PERCENTILE
-from onnxgbp.report import json_numbers
 
 __all__ = [
     "DEFAULT_MODEL",

@@ -15,7 +15,7 @@ import numpy as np
 from onnxgbp.curves import Panel, save_curves
 from onnxgbp.errors import printable
 from onnxgbp.files import write
-from onnxgbp.report import json_numbers
+from onnxgbp.findings import json_numbers
 
 __all__ = ["EDGES", "RANDOM", "RESULTS", "FaithfulnessReport", "MethodFigures", "SampleFigures", "save_report"]
 

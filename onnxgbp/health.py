@@ -20,11 +20,11 @@ from onnxgbp.data import Batch, batches, inputs_of
 from onnxgbp.energy import counted_runs, runnable
 from onnxgbp.errors import OnnxgbpError, printable
 from onnxgbp.files import output_file, write
+from onnxgbp.findings import Findings, aligned, json_numbers
 from onnxgbp.health_measure import health_measure, unit_axis
 from onnxgbp.health_statistics import Sums, activation_row, add, gradient_by_depth, gradient_figures
 from onnxgbp.model import load, raised
 from onnxgbp.recognise import recognise
-from onnxgbp.report import Findings, aligned, json_numbers
 from onnxgbp.results import result_names
 from onnxgbp.rules import Rules, audit, parse_rule, parse_rules
 from onnxgbp.step import label

@@ -19,13 +19,13 @@ from onnxgbp.differentiate import find_path, missing_rules
 from onnxgbp.emit import dims_of, shape_text
 from onnxgbp.errors import OnnxgbpError, printable
 from onnxgbp.explained import Explained, explained_tensor, stripped_text
+from onnxgbp.findings import Findings, aligned
 from onnxgbp.graph_methods import find_layer
 from onnxgbp.inputs import Attributed, attributed
 from onnxgbp.metadata import describe
 from onnxgbp.methods import find_method, rule_of
 from onnxgbp.model import METADATA, Source, load
 from onnxgbp.recognise import recognise
-from onnxgbp.report import Findings, aligned
 from onnxgbp.rules import Choice, Rules, audit, choose, depths, parse_activations, parse_rules
 from onnxgbp.step import label
 from onnxgbp.target import parse_unit, unit_text

@@ -27,10 +27,10 @@ from onnxgbp.errors import OnnxgbpError
 from onnxgbp.explain import MANIFEST, make_folder, shown
 from onnxgbp.field import FieldFinder
 from onnxgbp.files import output_file, write
+from onnxgbp.findings import json_numbers
 from onnxgbp.images import Preprocessing, in_type, photos_in, read
 from onnxgbp.model import Source, load
 from onnxgbp.render import PERCENTILE, Picture, signed_picture
-from onnxgbp.report import json_numbers
 from onnxgbp.rules import Rules
 from onnxgbp.seed import parse_seed
 from onnxgbp.strongest import FeatureMap, Forward, Hit, Session, height_and_width, look_through

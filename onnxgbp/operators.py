@@ -9,8 +9,8 @@ from typing import Any
 import onnx
 
 from onnxgbp.activations import ACTIVATIONS, NOT_MONOTONE, RELU_KINDS
+from onnxgbp.findings import aligned
 from onnxgbp.model import OLDEST_OPSET
-from onnxgbp.report import aligned
 from onnxgbp.vjps import FAMILIES, REFUSED, ZERO_GRADIENT, Entry
 
 __all__ = ["operator_markdown", "operator_page", "operator_table", "operator_text"]

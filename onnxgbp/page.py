@@ -1,4 +1,4 @@
-"""Plain values -> one HTML page that holds all it needs: what `html_report.py` found, through `templates/report.html`.
+"""Plain values -> one HTML page that holds all it needs: what `report.py` found, through `templates/report.html`.
 
 Nothing of the page is fetched, and its own policy forbids that it could be: styles and script stand in the file and are
 allowed by their hashes, pictures are data. What comes from a model or from a file's name is escaped by the template
@@ -68,7 +68,7 @@ _MEANINGS = {
 
 
 def render(found: Mapping[str, Any]) -> str:
-    """The page. found: what `html_report.write_report` collects, of values as JSON holds them."""
+    """The page. found: what `report.write_report` collects, of values as JSON holds them."""
     style, script = ((_FOLDER / name).read_text("utf-8") for name in ("report.css", "report.js"))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),

@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from onnxgbp.curves import Panel, save_curves
 from onnxgbp.errors import printable
 from onnxgbp.files import output_file, write
+from onnxgbp.findings import json_numbers
 from onnxgbp.maps import MEASURES
 from onnxgbp.render import signed_picture
-from onnxgbp.report import json_numbers
 from onnxgbp.weights import Layer
 
 __all__ = ["KINDS", "RESULTS", "Grid", "MethodChecks", "SanityReport", "save_report"]

@@ -33,9 +33,9 @@ from onnxgbp import Explainer, OnnxgbpError, convert, save
 from onnxgbp.cli import main
 from onnxgbp.faithfulness import check_faithfulness
 from onnxgbp.health import model_health
-from onnxgbp.html_report import METHODS, write_report
 from onnxgbp.images import Preprocessing, read
 from onnxgbp.render import PERCENTILE, diverging
+from onnxgbp.report import METHODS, write_report
 from onnxgbp.sanity import check_sanity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,7 +261,7 @@ def test_what_is_refused(model: Path, photos: Path, tmp_path: Path) -> None:
 
 
 def test_without_jinja2(model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("onnxgbp.html_report", "onnxgbp.page"):
+    for name in ("onnxgbp.report", "onnxgbp.page"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     result = run(model, "--images", photos, "-o", tmp_path / "r.html")
