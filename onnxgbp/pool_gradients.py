@@ -168,7 +168,7 @@ def _window_counts(op: Emit, x: ir.Value, y: ir.Value, geometry: Window, include
             low, high = (-begin, size + end) if include_pad else (0, size)
             inside = ((places >= low) & (places < high)).sum(1)
             counts = counts * inside.reshape([1, 1, *[-1 if j == i else 1 for j in range(rank)]])
-        return float(counts.flat[0]) if (counts == counts.flat[0]).all() else op.like(counts, x)
+        return float(counts.flat[0]) if counts.size and (counts == counts.flat[0]).all() else op.like(counts, x)
     sizes = [op.int64([1, 1])] + [op.dim(x, i + 2) for i in range(rank)]
     ones = op.Expand(op.like(1, x), op.Concat(*sizes, axis=0))
     if include_pad and geometry.pads is not None:

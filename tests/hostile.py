@@ -415,6 +415,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "AveragePool of 2^20": lambda: _pool(
         "AveragePool", kernel_shape=[1 << 20] * 2, pads=[1 << 19] * 4
     ).SerializeToString(),
+    "AveragePool of more than there is": lambda: _pool("AveragePool", kernel_shape=[9, 9]).SerializeToString(),
     "MaxPool of 2^20": lambda: _pool("MaxPool", kernel_shape=[1 << 20] * 2, pads=[1 << 19] * 4).SerializeToString(),
     "MaxPool with strides 0": lambda: _pool("MaxPool", kernel_shape=[2, 2], strides=[0, 0]).SerializeToString(),
     "LpPool to the 2^40": lambda: _pool("LpPool", kernel_shape=[2, 2], p=HUGE).SerializeToString(),

@@ -52,7 +52,14 @@ FINE = {
         "Slice 2^63",
     ),
     *("Conv of 2^20", "Conv with pads 2^40", "Conv with strides 2^62", "Conv with dilations 2^40", "MaxPool of 2^20"),
-    *("LpPool to the 2^40", "Flatten at -2^63", "Softmax at 2^62", "Unsqueeze at 100 axes", "Trilu at 2^62"),
+    *(
+        "LpPool to the 2^40",
+        "AveragePool of more than there is",
+        "Flatten at -2^63",
+        "Softmax at 2^62",
+        "Unsqueeze at 100 axes",
+        "Trilu at 2^62",
+    ),
     *(
         "Slice 2^63",
         "CumSum at 2^62",
