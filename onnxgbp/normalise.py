@@ -181,6 +181,9 @@ def _body(op: Emit, node: ir.Node) -> list[ir.Value | None]:
             user.replace_input_with(index, actual)
     nodes = list(inside)
     inside.remove(nodes)
+    for value in (value for inner in nodes for value in inner.inputs if value is not None):
+        if value.producer() is None and value not in node.inputs:
+            raise Step(node).refuse(f"the standard's definition of it does not fit this node: it reads '{value.name}'")
     op.nodes.extend(nodes)
     return [results.get(name) for name in made]
 
