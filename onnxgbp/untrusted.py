@@ -73,13 +73,24 @@ def check(proto: onnx.ModelProto, where: str) -> None:
 
 
 def check_inlined(proto: onnx.ModelProto, where: str) -> None:
-    """What can be told once no function is left: no node refers to one's attributes, every node makes something."""
+    """What can be told once no function is left: no node refers to one's attributes, every node makes something, a
+    constant holds one value, and each branch gives what its If does.
+    """
     for graph in external.graphs(proto.graph):
         for node in graph.node:
             label = node.name or node.op_type
             if not any(node.output):
                 raise OnnxgbpError(f"{where} is not a valid model: node '{label}' has no outputs")
+            ours = node.domain in ("", "ai.onnx")
+            if ours and node.op_type == "Constant" and len(node.attribute) != 1:
+                held = len(node.attribute)
+                raise OnnxgbpError(f"{where} is not a valid model: Constant '{label}' holds {held} values")
             for attribute in node.attribute:
+                if ours and node.op_type == "If" and len(attribute.g.output) != len(node.output):
+                    raise OnnxgbpError(
+                        f"{where} is not a valid model: '{attribute.name}' of If '{label}' gives "
+                        f"{len(attribute.g.output)} values, and the node {len(node.output)}"
+                    )
                 if attribute.ref_attr_name:
                     raise OnnxgbpError(
                         f"{where} is not a valid model: '{attribute.name}' of node '{label}' stands for attribute "

@@ -123,6 +123,11 @@ def _chain(operator: str, count: int) -> ModelProto:
     return model(nodes)
 
 
+def _double(name: str) -> GraphProto:
+    twice = node("Add", [name, name], ["twice"])
+    return helper.make_graph([twice], "double", [], [onnx.ValueInfoProto(name="twice")])
+
+
 def _nested(depth: int) -> bytes:
     """An If in an If in an If; deeper than protobuf would write it, so put together from bytes."""
     body = helper.make_graph([node("Relu", ["x"], ["o"])], "b", [], [onnx.ValueInfoProto(name="o")])
@@ -303,6 +308,13 @@ FILES: dict[str, Callable[[], bytes]] = {
     "no graph": lambda: ModelProto(ir_version=8, opset_import=[helper.make_opsetid("", 17)]).SerializeToString(),
     "no outputs": lambda: _changed(lambda m: m.graph.ClearField("output")),
     "no nodes": lambda: _changed(lambda m: m.graph.ClearField("node")),
+    "Constant without a value": lambda: between(
+        node("Constant", [], ["c"]), node("Add", ["r", "c"], ["m"])
+    ).SerializeToString(),
+    "If with an empty branch": lambda: between(
+        node("If", ["yes"], ["m"], then_branch=_double("r"), else_branch=helper.make_graph([], "none", [], [])),
+        yes=np.array(True),
+    ).SerializeToString(),
     "no inputs": lambda: _changed(lambda m: m.graph.ClearField("input")),
     "no opset": lambda: _changed(lambda m: m.ClearField("opset_import")),
     "opset 0": lambda: _opset(0).SerializeToString(),

@@ -150,6 +150,23 @@ def test_a_group_of_one_channel_each_is_no_obstacle(tmp_path: Path) -> None:
     assert row.passed, row
 
 
+@pytest.mark.parametrize("runtime", ["openvino", "opencv", "portable"])
+def test_masks_of_the_ort_profile_are_for_onnx_runtime(tmp_path: Path, runtime: str) -> None:
+    """OpenVINO gives a wrong map of them in silence."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N, 16, 8, 8] x) => (float[N, 16] y)
+    { a = Conv (x, w)  b = Relu (a)  c = Conv (b, v)  d = GlobalAveragePool (c)  y = Flatten (d) }
+    """
+    source = parse(text, w=(16, 16, 3, 3), v=(16, 16, 1, 1))
+    portable, ort = (
+        rows_for(tmp_path, onnxgbp.convert(source, profile=profile), runtime)[0] for profile in ("portable", "ort")
+    )
+    assert "its gates are masks" in ort.detail
+    assert ort.detail.endswith("Convert it with --profile portable")
+    assert "masks" not in portable.detail
+
+
 def test_the_way_out_is_the_portable_profile(tmp_path: Path) -> None:
     model = onnxgbp.convert(pools(), profile="portable")
     tie(model, "turned")
