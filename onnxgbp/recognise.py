@@ -49,6 +49,7 @@ _ELEMENTWISE = frozenset(
 _COMPARES = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 # No activation is made of these alone, so that a long chain of them is not tried link by link.
 _RATIONAL = frozenset("Add Cast Div Identity Mul Neg Reciprocal Sub".split())
+_REPEATING = 2  # nodes that together may do nothing but repeat x, as -(-x)
 _GATES = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
 _TRANSPARENT = frozenset(
     "Cast DequantizeLinear Expand Flatten Identity QuantizeLinear Reshape Squeeze Transpose Unsqueeze".split()
@@ -256,8 +257,9 @@ def _entries(root: ir.Node, order: dict[ir.Node, int]) -> Iterator[tuple[ir.Valu
             return
         x, y = frontier[0], root.outputs[0]
         alike = is_float(x) and x.dtype == y.dtype  # a derivative combines x and y
-        curved = not _RATIONAL.issuperset(node.op_type for node in group)
-        if curved and len(frontier) == 1 and alike and (whole or (dims_of(x) is not None and dims_of(x) == dims_of(y))):
+        # Short ones are asked whether they do anything at all.
+        worth = len(group) <= _REPEATING or not _RATIONAL.issuperset(node.op_type for node in group)
+        if worth and len(frontier) == 1 and alike and (whole or (dims_of(x) is not None and dims_of(x) == dims_of(y))):
             yield x, set(group)
 
 

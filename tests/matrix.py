@@ -1,7 +1,7 @@
 """The oldest and the newest dependencies that pyproject.toml admits, on every Python that is supported.
 
-    tools/test --matrix [PYTHON...]    3.10 to 3.13, or those named; writes tests/matrix.json
-    tools/test --matrix --here         the Python at hand, and writes nothing
+    tools/test --matrix [PYTHON...]            3.10 to 3.13, or those named; writes tests/matrix.json
+    tools/test --matrix --check [PYTHON...]    the same, and writes nothing
 
 Each environment lies in `.matrix/` and has onnxgbp's own dependencies, the extras of EXTRAS and pytest, nothing else:
 no torch. `oldest` are the lower bounds themselves, or, where a bound has no wheel for that Python, the first that has
@@ -133,19 +133,18 @@ def row(version: str, resolution: str) -> dict[str, Any]:
 
 @click.command()
 @click.argument("pythons", nargs=-1, type=click.Choice(PYTHONS), metavar="[PYTHON]...")
-@click.option("--here", is_flag=True, help="The Python that runs this; writes nothing.")
-def main(pythons: tuple[str, ...], here: bool) -> None:
+@click.option("--check", is_flag=True, help="Write nothing.")
+def main(pythons: tuple[str, ...], check: bool) -> None:
     """Tests each Python named (all by default), and writes tests/matrix.json after each."""
-    mine = ".".join(platform.python_version_tuple()[:2])
     bad = False
-    for version in (mine,) if here else pythons or PYTHONS:
+    for version in pythons or PYTHONS:
         found = [row(version, resolution) for resolution in RESOLUTIONS]
         for one in found:
             packages = " ".join(f"{name} {which}" for name, which in one.get("packages", {}).items())
             counts = ", ".join(f"{one[name]} {name}" for name in ("passed", "failed", "skipped") if name in one)
             click.echo(f"Python {version}, {one['dependencies']} ({packages}): {counts}  {one['status']}")
-        bad |= any(not one["status"].startswith("ok" if here else ("ok", "not installed")) for one in found)
-        if not here:
+        bad |= any(not one["status"].startswith(("ok", "not installed")) for one in found)
+        if not check:
             record(version, found)
     sys.exit(bad)
 

@@ -89,6 +89,7 @@ try {
 
   // Dark: as the system has it, and by the button.
   await page.emulateMedia({ colorScheme: "dark" });
+  await page.waitForSelector(`#theme[aria-pressed="true"]`); // it hears of the change a little later
   told.dark = { ground: await ground(), pressed: await page.getAttribute("#theme", "aria-pressed") };
   await page.evaluate(() => scrollTo(0, 0));
   await shot("dark");

@@ -155,11 +155,11 @@ def test_a_fixed_batch_is_filled_up(tmp_path: Path) -> None:
 def test_all_samples_in_one_array(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", X)
     fixed = InputSpec("x", np.dtype(np.float32), (8, 5))  # the last batch ends in copies, which are no samples
-    assert np.array_equal(whole(tmp_path / "x.npy", [fixed], {}), X)
+    assert np.array_equal(whole(tmp_path / "x.npy", [fixed], {}, "x"), X)
     folder = photos(tmp_path / "p", (8, 8), (9, 8))
     spec = InputSpec("x", np.dtype(np.float32), ("N", 3, "H", "W"))
     with pytest.raises(OnnxgbpError, match=r"the samples of .* differ in shape: give --size and --crop"):
-        whole(folder, [spec], {})
+        whole(folder, [spec], {}, "x")
 
 
 def test_a_photo_that_cannot_be_read_is_left_out_or_raised(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def tried(worker: Worker, place: Path, command: str) -> Outcome:
         assert lines == []
         assert "FAIL" in outcome.stdout
     elif command == "explain" and len(lines) == 2:  # the model is fine, and ONNX Runtime cannot run it
-        assert lines[1] == "Error: 1 of the images could not be explained; the others are done"
+        assert lines[1] == "Error: 1 of the inputs could not be explained; the others are done"
     else:
         assert len(lines) == 1, lines
         assert lines[0].startswith("Error: ")
