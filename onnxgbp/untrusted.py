@@ -72,6 +72,9 @@ def check(proto: onnx.ModelProto, where: str) -> None:
             raise OnnxgbpError(f"{where}: tensor '{tensor.name}' has {len(tensor.dims)} axes, more than {MOST_AXES}")
 
 
+_BODIES = frozenset({"body", "else_branch", "then_branch"})
+
+
 def check_inlined(proto: onnx.ModelProto, where: str) -> None:
     """What can be told once no function is left: no node refers to one's attributes, every node makes something, a
     constant holds one value, and each branch gives what its If does.
@@ -86,6 +89,10 @@ def check_inlined(proto: onnx.ModelProto, where: str) -> None:
                 held = len(node.attribute)
                 raise OnnxgbpError(f"{where} is not a valid model: Constant '{label}' holds {held} values")
             for attribute in node.attribute:
+                if ours and attribute.name in _BODIES and attribute.type != onnx.AttributeProto.GRAPH:
+                    raise OnnxgbpError(
+                        f"{where} is not a valid model: '{attribute.name}' of node '{label}' is no graph"
+                    )
                 if ours and node.op_type == "If" and len(attribute.g.output) != len(node.output):
                     raise OnnxgbpError(
                         f"{where} is not a valid model: '{attribute.name}' of If '{label}' gives "

@@ -311,6 +311,14 @@ FILES: dict[str, Callable[[], bytes]] = {
     "Constant without a value": lambda: between(
         node("Constant", [], ["c"]), node("Add", ["r", "c"], ["m"])
     ).SerializeToString(),
+    "If with a number for a branch": lambda: between(
+        node("If", ["yes"], ["m"], then_branch=_double("r"), else_branch=1), yes=np.array(True)
+    ).SerializeToString(),
+    "If without a branch": lambda: between(
+        node("ReduceMax", ["r"], ["most"], keepdims=0),
+        node("Cast", ["most"], ["yes"], to=TensorProto.BOOL),
+        node("If", ["yes"], ["m"], then_branch=_double("r")),
+    ).SerializeToString(),
     "If with an empty branch": lambda: between(
         node("If", ["yes"], ["m"], then_branch=_double("r"), else_branch=helper.make_graph([], "none", [], [])),
         yes=np.array(True),

@@ -39,10 +39,28 @@ def _runtime_lines(rows: list[dict[str, Any]], nets: list[str]) -> Iterator[str]
         yield f"| {' | '.join([mine[0]['label'], mine[0]['version'] or '', *cells, notes])} |"
 
 
+def batch_markdown() -> str:
+    """What `tools/bench_batch.py` measured."""
+    found: dict[str, Any] = json.loads((ROOT / "tools" / "batch.json").read_text(encoding="utf-8"))
+    memory = found["memory in MB"]
+    rows = {
+        "photos, through the default network, guided": f"{found['images']:,}",
+        "a second": f"{found['images per second']:.1f}",
+        "of the rate of ONNX Runtime alone on the same file": f"{found['ratio']:.2f}",
+        "memory after the first tenth and the last": f"{memory[1]} and {memory[-1]} MB",
+    }
+    for name in ("killed", "worker of Ray killed"):
+        if name in found:
+            same = "the same" if found[name]["same bytes"] else "other"
+            rows[f"{name}, times: files of a run that went on"] = f"{found[name]['times']}: {same} bytes"
+    return "\n".join(["| | |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows.items())])
+
+
 # By the page that they stand in.
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"operators": operator_markdown, "runtimes": runtime_markdown, "bench": bench_markdown},
     "docs/operators.md": {"every operator": operator_page},
+    "docs/scale.md": {"batch": batch_markdown},
 }
 
 
