@@ -25,7 +25,7 @@ __all__ = ["LARGEST_TABLE", "PRIVATE", "Dims", "Emit", "Operand", "dims_of", "is
 PRIVATE = "onnxgbp.private"
 _CONSTANT = "onnxgbp/constant"
 _LONGEST_RANGE = 1 << 20  # a longer one is counted at run time, not stored
-LARGEST_TABLE = 1 << 25  # numbers of a constant that a gradient needs: 256 MB while it is made
+LARGEST_TABLE = 1 << 24  # numbers of a constant that a gradient needs: 128 MB, several times while it is made
 
 Operand: TypeAlias = "ir.Value | np.ndarray[Any, Any] | Sequence[int] | float | int | None"
 Dims: TypeAlias = "tuple[int | str | None, ...]"

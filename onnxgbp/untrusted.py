@@ -59,6 +59,8 @@ def check(proto: onnx.ModelProto, where: str) -> None:
     _check_depth(proto.graph, where)
     for graph in external.graphs(proto.graph):
         for value in (*graph.input, *graph.output):
+            if not value.name:
+                raise OnnxgbpError(f"{where} is not a valid model: an input or an output has no name")
             kind = value.type.tensor_type
             if kind.elem_type not in onnx.TensorProto.DataType.values():
                 raise OnnxgbpError(f"{where} is damaged: '{value.name}' has the unknown type {kind.elem_type}")

@@ -26,7 +26,7 @@ import onnxgbp
 from onnxgbp.errors import printable
 
 MEMORY = 4 << 30  # bytes of address space; the interpreter, onnx and onnxruntime take one GiB of it
-MEGABYTES = 600  # resident, twice the largest table that a gradient needs (`emit.LARGEST_TABLE`, 256 MB)
+MEGABYTES = 600  # resident, a few times the largest table that a gradient needs (`emit.LARGEST_TABLE`, 128 MB)
 SECONDS = 60.0
 
 # What is only odd is converted: nothing that such a file asks for is done before it runs.
@@ -83,7 +83,7 @@ SAID = {
     "If in If 10 times": "control flow in control flow, more than 8 deep",
     "100,001 nodes": "has 100001 nodes, more than the 100000 that can be converted",
     "name that is no UTF-8": "it holds a name that is no UTF-8",
-    "AveragePool of 2^20": "takes a table of 1 x 1 x 1048576 x 1048576 numbers, more than 33554432",
+    "AveragePool of 2^20": "takes a table of 1 x 1 x 1048576 x 1048576 numbers, more than 16777216",
     "Conv with group 0": "its 4 outputs cannot be split into 0 groups",
 }
 
