@@ -106,9 +106,11 @@ def actors(process: subprocess.Popen[bytes]) -> list[int]:
     return [int(pid) for pid, _, *what in rows if what and what[0].startswith("ray::MapWorker") and below(int(pid))]
 
 
-def resident(pid: int) -> float:
-    """Megabytes that a process holds now."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+def resident(group: int) -> float:
+    """Megabytes that the processes of a group hold now, what they share counted for each."""
+    ps = shutil.which("ps") or "ps"
+    listed = subprocess.run([ps, "-o", "rss=", "-g", str(group)], check=True, capture_output=True, text=True).stdout
+    return sum(map(int, listed.split())) * 1024 / 1e6
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
@@ -116,9 +118,9 @@ def finish(process: subprocess.Popen[bytes]) -> None:
         raise SystemExit(f"onnxgbp batch ended with status {process.returncode}")
 
 
-def undisturbed(model: Path, photos: Path, out: Path, total: int) -> tuple[float, list[float]]:
+def undisturbed(model: Path, photos: Path, out: Path, total: int, local: list[str]) -> tuple[float, list[float]]:
     """Seconds from the first part to the last for each image, and the memory after each tenth."""
-    process, memory, times = start(model, photos, out, []), list[float](), list[float]()
+    process, memory, times = start(model, photos, out, local), list[float](), list[float]()
     while process.poll() is None:
         done = len(parts(out)) if out.exists() else 0
         if done > len(times):
@@ -130,11 +132,11 @@ def undisturbed(model: Path, photos: Path, out: Path, total: int) -> tuple[float
     return (times[-1] - times[0]) / (len(times) - 1) / PART, memory
 
 
-def killed(model: Path, photos: Path, out: Path, total: int) -> int:
+def killed(model: Path, photos: Path, out: Path, total: int, local: list[str]) -> int:
     """Kills the command with all its processes at each quarter, goes on each time; how many were killed."""
     kills = 0
     for quarter in range(1, KILLS + 1):
-        process = start(model, photos, out, [])
+        process = start(model, photos, out, local)
         while len(parts(out)) < quarter * total // (KILLS + 1):
             if process.poll() is not None:
                 raise SystemExit("the command ended before it was killed")
@@ -142,11 +144,11 @@ def killed(model: Path, photos: Path, out: Path, total: int) -> int:
         time.sleep(random.Random(quarter).random())  # noqa: S311 - in the middle of a part
         os.killpg(process.pid, signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-    finish(start(model, photos, out, []))
+    finish(start(model, photos, out, local))
     return kills
 
 
-def on_ray(model: Path, photos: Path, out: Path, total: int) -> int:
+def on_ray(model: Path, photos: Path, out: Path, total: int, _: list[str]) -> int:
     """On Ray with two actors, of which one is killed half-way; how many were killed."""
     process, kills = start(model, photos, out, ["--engine", "ray", "--workers", "2", "--threads", "1"]), 0
     while process.poll() is None:
@@ -158,18 +160,20 @@ def on_ray(model: Path, photos: Path, out: Path, total: int) -> int:
     return kills
 
 
-def measure(count: int, ray: bool, folder: Path) -> dict[str, Any]:
+def measure(count: int, workers: int, ray: bool, folder: Path) -> dict[str, Any]:
     """The figures."""
     total, threads, photos = -(-count // PART), len(os.sched_getaffinity(0)), folder / "photos"
+    local = ["--workers", str(workers)]
     model = folder / "squeezenet.guided.onnx"
     onnxgbp.save(onnxgbp.convert(ROOT / "models" / "squeezenet1_1.onnx", method="guided"), model)
     make_photos(count, folder)
     before = bare_rate(model, threads)
-    seconds, memory = undisturbed(model, photos, folder / "whole.maps", total)
+    seconds, memory = undisturbed(model, photos, folder / "whole.maps", total, local)
     after = bare_rate(model, threads)
     bare, whole, disturbed = float(np.mean([before, after])), digests(folder / "whole.maps"), folder / "disturbed.maps"
     figures = {
         "images": count,
+        "workers": workers,
         "images per second": round(1 / seconds, 2),
         "bare inference, before and after": [round(before, 2), round(after, 2)],
         "ratio": round(1 / seconds / bare, 3),
@@ -180,7 +184,7 @@ def measure(count: int, ray: bool, folder: Path) -> dict[str, Any]:
     for name, disturb in {"killed": killed, "worker of Ray killed": on_ray}.items():
         if disturb is killed or ray:
             figures[name] = {
-                "times": disturb(model, photos, disturbed, total),
+                "times": disturb(model, photos, disturbed, total, local),
                 "same bytes": digests(disturbed) == whole,
             }
             shutil.rmtree(disturbed)
@@ -188,9 +192,10 @@ def measure(count: int, ray: bool, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, and writes the figures."""
+    """Measures, and puts the figures in the place of those for as many images and workers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=20000)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="all cores by default")
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--folder", type=Path, help="where photos and data sets lie meanwhile")
     options = parser.parse_args()
@@ -198,11 +203,17 @@ def main() -> None:
         parser.error(f"at least {4 * PART} images: parts hold {PART}, and the runs are ended between them")
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        figures = measure(options.images, options.ray, folder)
+        figures = measure(options.images, options.workers, options.ray, folder)
     finally:
         shutil.rmtree(folder)
     print(json.dumps(figures, indent=1))
-    RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = [old for old in rows if _key(old) != _key(figures)] + [figures]
+    RESULTS.write_text(json.dumps(sorted(rows, key=_key), indent=1) + "\n")
+
+
+def _key(row: dict[str, Any]) -> tuple[int, int]:
+    return row["images"], row["workers"]
 
 
 if __name__ == "__main__":

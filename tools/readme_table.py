@@ -40,20 +40,23 @@ def _runtime_lines(rows: list[dict[str, Any]], nets: list[str]) -> Iterator[str]
 
 
 def batch_markdown() -> str:
-    """What `tools/bench_batch.py` measured."""
-    found: dict[str, Any] = json.loads((ROOT / "tools" / "batch.json").read_text(encoding="utf-8"))
-    memory = found["memory in MB"]
-    rows = {
-        "photos, through the default network, guided": f"{found['images']:,}",
-        "a second": f"{found['images per second']:.1f}",
-        "of the rate of ONNX Runtime alone on the same file": f"{found['ratio']:.2f}",
-        "memory after the first tenth and the last": f"{memory[1]} and {memory[-1]} MB",
-    }
-    for name in ("killed", "worker of Ray killed"):
-        if name in found:
-            same = "the same" if found[name]["same bytes"] else "other"
-            rows[f"{name}, times: files of a run that went on"] = f"{found[name]['times']}: {same} bytes"
-    return "\n".join(["| | |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows.items())])
+    """What `tools/bench_batch.py` measured, a line for each run."""
+    found: list[dict[str, Any]] = json.loads((ROOT / "tools" / "batch.json").read_text(encoding="utf-8"))
+    headings = ["photos", "workers", "a second", "of ONNX Runtime alone", "MB after the first tenth, the last"]
+    headings += ["killed, and gone on with", "a worker of Ray killed"]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for row in found:
+        memory = row["memory in MB"]
+        cells = [f"{row['images']:,}", str(row["workers"]), f"{row['images per second']:.1f}", f"{row['ratio']:.2f}"]
+        cells += [f"{memory[1]}, {memory[-1]}", *(_ended(row.get(how)) for how in ("killed", "worker of Ray killed"))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ended(disturbed: dict[str, Any] | None) -> str:
+    if disturbed is None:
+        return ""
+    return f"{disturbed['times']} x: {'the same' if disturbed['same bytes'] else 'OTHER'} bytes"
 
 
 # By the page that they stand in.
