@@ -25,6 +25,7 @@ MOST_NODES = 100_000  # with the bodies of functions and control flow: a convers
 _DEEPEST = 100  # functions in functions: the same bound as in onnx's own inliner, which calls itself for each
 _DEEPEST_BODY = 8  # control flow in control flow: the gradient of each body computes those in it once more
 MOST_AXES = 64  # numpy's own bound
+_MOST_NUMBERS = 1 << 48  # of a tensor
 _LARGEST_VERSION = (1 << 31) - 1  # what onnx's checker holds
 
 Key: TypeAlias = "tuple[str, str, str]"
@@ -72,6 +73,10 @@ def check(proto: onnx.ModelProto, where: str) -> None:
             raise OnnxgbpError(f"{where} is damaged: tensor '{tensor.name}' has the unknown type {tensor.data_type}")
         if len(tensor.dims) > MOST_AXES:
             raise OnnxgbpError(f"{where}: tensor '{tensor.name}' has {len(tensor.dims)} axes, more than {MOST_AXES}")
+        if math.prod(max(dim, 1) for dim in tensor.dims) > _MOST_NUMBERS:  # so too beside a dim of 0: numpy multiplies
+            raise OnnxgbpError(
+                f"{where}: tensor '{tensor.name}' has the dims {list(tensor.dims)}, which no memory holds"
+            )
 
 
 _BODIES = frozenset({"body", "else_branch", "then_branch"})

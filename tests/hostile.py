@@ -307,6 +307,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "picture": lambda: b"\x89PNG\r\n\x1a\n" + bytes(100),
     "no graph": lambda: ModelProto(ir_version=8, opset_import=[helper.make_opsetid("", 17)]).SerializeToString(),
     "no outputs": lambda: _changed(lambda m: m.graph.ClearField("output")),
+    "weight of 0 x 2^62": lambda: with_initializer(dims=[0, 1 << 62]).SerializeToString(),
     "output without a name": lambda: _changed(lambda m: m.graph.output.add()),
     "input without a name": lambda: _changed(lambda m: m.graph.input.add()),
     "no nodes": lambda: _changed(lambda m: m.graph.ClearField("node")),

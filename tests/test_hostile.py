@@ -76,7 +76,7 @@ SAID = {
     "initializer twice": "initializer 'w' stands there twice",
     "type 999": "tensor 'w' has the unknown type 999",
     "10,000 dims": "has 10000 axes, more than 64",
-    "2^64 elements without data": "does not hold the numbers of its shape [4294967296, 4294967296]",
+    "2^64 elements without data": "has the dims [4294967296, 4294967296], which no memory holds",
     "attribute that refers to nothing": "of a function, and it is in none",
     "functions that double 40 times": "has about 1.09951e+12 nodes, more than the 100000 that can be converted",
     "function that calls itself": "more than 100 deep, or in a circle",
