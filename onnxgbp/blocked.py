@@ -12,6 +12,7 @@ and, at a closed ReLU6 under guided backpropagation, where it is above 2^100.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +20,7 @@ import onnx_ir as ir
 from onnxgbp.constants import constant_value, is_constant
 from onnxgbp.emit import Emit, dims_of
 
-__all__ = ["BLOCK", "depthwise", "keep_blocked"]
+__all__ = ["BLOCK", "depthwise", "keep_blocked", "pick"]
 
 BLOCK = 16
 # min(1, max(0, 2^150 y)) is 1 for every y > 0 and 0 for y <= 0; no float32 holds the factor, two do.
@@ -261,3 +262,29 @@ def depthwise(op: Emit, x: ir.Value, factor: float | np.ndarray, term: float | n
     # An empty third input would keep ONNX Runtime from blocking it.
     bias = [] if term is None else [op.like(np.broadcast_to(np.ravel(term), channels), x)]
     return op.typed(op.Conv(x, weight, *bias, group=channels), x)
+
+
+def pick(
+    op: Emit, x: ir.Value, strides: Sequence[int], offsets: Sequence[int], counts: Sequence[int], sizes: Sequence[int]
+) -> ir.Value:
+    """x[..., offset + stride i, ...] for i < count, by a depthwise convolution; 0 where that lies outside of x.
+
+    strides, offsets (which may be negative), counts, and x's sizes: one for each spatial dim.
+    """
+    kernel, places, begins, ends = list[int](), list[int](), list[int](), list[int]()
+    for stride, offset, count, size in zip(strides, offsets, counts, sizes, strict=True):
+        begin = max(-offset, 0)
+        # Long enough that there are no more windows than were asked for.
+        kernel.append(max(offset + 1, size + begin - count * stride + 1, 1))
+        places.append(max(offset, 0))
+        begins.append(begin)
+        ends.append(max((count - 1) * stride + kernel[-1] - size - begin, 0))
+    channels = (dims_of(x) or ())[1]
+    assert isinstance(channels, int)  # it is aligned
+    one_hot = np.zeros([1, 1, *kernel])
+    one_hot[0, 0, places[0], places[1]] = 1
+    picked = op.Conv(
+        x, op.like(np.tile(one_hot, (channels, 1, 1, 1)), x), strides=strides, pads=[*begins, *ends], group=channels
+    )
+    picked.shape = ir.Shape([(dims_of(x) or ())[0], channels, *counts])
+    return picked

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,17 +15,22 @@ from onnxgbp.window import Window
 
 __all__ = [
     "begin",
+    "conv_as_conv",
     "conv_grad",
     "conv_grad_as_conv",
     "conv_grad_portable",
     "ints",
     "not_negative",
     "operands",
+    "scaled",
     "span",
     "transposed",
+    "turned",
     "untied",
 ]
 
+_FEW = 4  # channels of an image
+_LARGE = 5  # a kernel for which ConvTranspose is the slower one
 _FIRST = -(1 << 31)  # the end of a slice that runs backwards to the first element
 
 
@@ -57,94 +60,69 @@ def conv_grad_as_conv(op: Emit, node: ir.Node) -> ir.Value:
     Only for a weight that is constant: ONNX Runtime turns it once, when it loads the file.
     """
     dy, w, x = operands(node)
-    geometry: Window = node.meta["window"]
-    group: int = node.meta["group"]
+    return conv_as_conv(op, dy, w, x, node.meta["window"], node.meta["group"])
+
+
+def conv_as_conv(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Window, group: int) -> ir.Value:
     dims, pads, rank = dims_of(w), geometry.pads, geometry.rank
     if pads is None or dims is None or not all(isinstance(dim, int) for dim in dims) or not is_constant(w):
-        return conv_grad(op, node)
+        return transposed(op, dy, w, x, geometry, group)
+    if (blocks := _by_blocks(op, dy, w, x, geometry, group)) is not None:
+        return blocks
     strided = any(stride != 1 for stride in geometry.strides)
     begins = [reach - 1 - pad for reach, pad in zip(geometry.reach, pads, strict=False)]
     ends = [reach - 1 - pad for reach, pad in zip(geometry.reach, pads[rank:], strict=False)]
-    if strided and op.opset >= 10 and _has_blocked_phases(geometry, ints(dims), group, x):  # Slice has steps since
-        return _by_phases(op, *_scaled(op, dy, w), x, geometry)
     if strided and not (geometry.static and group == dims[0] and dims[1] == 1):
-        return conv_grad(op, node)
+        return transposed(op, dy, w, x, geometry, group)
     if min(begins + ends) < 0:  # padded by more than the kernel reaches: Conv cuts nothing off
-        return conv_grad(op, node)
-    dy, w = _scaled(op, dy, w)
+        return transposed(op, dy, w, x, geometry, group)
+    if not strided and ints(dims)[1] <= _FEW and group == 1:  # a block of 16 channels would be made, most for nothing
+        return transposed(op, dy, w, x, geometry, group)
+    dy, w = scaled(op, dy, w)
     if strided:  # depthwise: dy is laid out with its gaps first, by a kernel of one element
         dy = _spread_out(op, dy, x, geometry, group)
-    turned = _turned(op, w, ints(dims), group)
-    return op.Conv(dy, turned, pads=begins + ends, dilations=geometry.dilations, group=group)
+    back_to_front = turned(op, w, ints(dims), group)
+    return op.Conv(dy, back_to_front, pads=begins + ends, dilations=geometry.dilations, group=group)
 
 
-def _has_blocked_phases(geometry: Window, dims: Sequence[int], group: int, x: ir.Value) -> bool:
-    return (
+def _by_blocks(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Window, group: int) -> ir.Value | None:
+    """The gradient for an image of few channels, by a strided Conv with 4 x 4 pixels as its channels.
+
+    dx[4 i + e] = sum over q of w[e + pad - s q] dy[4 i / s + q]. None where ConvTranspose is as fast or faster.
+    """
+    dims, block, pads = ints(dims_of(w) or ()), 4, geometry.pads or []
+    if not (
         geometry.static
+        and geometry.rank == 2
         and group == 1
-        and not dims[0] % BLOCK
-        and not dims[1] % BLOCK
+        and dims[1] <= _FEW
+        and dims[0] % BLOCK == 0
         and x.dtype == ir.DataType.FLOAT
         and geometry.strides == [2, 2]
         and geometry.dilations == [1, 1]
-        and all(min(phase.pads) >= 0 for i in range(2) for phase in _phases(geometry, i))
-    )
+        and min(geometry.kernel) >= _LARGE
+        and not any(size % block for size in ints(geometry.size))
+    ):
+        return None
+    dy, w = scaled(op, dy, w)
+    w = op.Pad(w, pads=[0] * 6 + [1, 1], constant_value=op.like(0, x))  # what lies outside of the kernel reads this
+    begins, ends, taps = list[int](), list[int](), list[int]()
+    for i, kernel in enumerate(geometry.kernel):
+        first, last = -((kernel - 1 - pads[i]) // 2), (block - 1 + pads[i]) // 2
+        taps.append(last - first + 1)
+        begins.append(-first)
+        ends.append((ints(geometry.size)[i] // block - 1) * 2 + taps[i] - ints(geometry.out)[i] + first)
+        reads = [e + pads[i] - 2 * q for e in range(block) for q in range(first, last + 1)]
+        w = op.Gather(w, [at if 0 <= at < kernel else kernel for at in reads], axis=2 + i)
+    if min(begins + ends) < 0:
+        return None
+    w = op.Reshape(w, [*dims[:2], block, taps[0], block, taps[1]])
+    w = op.Reshape(op.Transpose(w, perm=[2, 4, 1, 0, 3, 5]), [block * block * dims[1], dims[0], *taps])
+    w.shape = ir.Shape([block * block * dims[1], dims[0], *taps])
+    return op.DepthToSpace(op.Conv(dy, w, strides=[2, 2], pads=begins + ends), blocksize=block)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Phase:
-    """Every second element of one dim of dx, from `first` on: a Conv of dy with every second tap of the turned weight.
-
-    tap, taps: the first and how many; pads: of that Conv, at both ends.
-    """
-
-    first: int
-    tap: int
-    taps: int
-    pads: tuple[int, int]
-
-
-def _phases(geometry: Window, axis: int) -> list[_Phase]:
-    """dx[s i + e] = sum over j of w[r + s j] dy[q + i - j], with e + pad = s q + r; none for a phase without a tap."""
-    stride, kernel, pads = geometry.strides[axis], geometry.kernel[axis], geometry.pads or []
-    size, out = ints(geometry.size)[axis], ints(geometry.out)[axis]
-    count, phases = -(-size // stride), []
-    for first in range(stride):
-        start, rest = divmod(first + pads[axis], stride)
-        taps = len(range(rest, kernel, stride))
-        if taps:
-            ends = (taps - 1 - start, count - out + start)
-            phases.append(_Phase(first, (kernel - 1 - rest) % stride, taps, ends))
-    return phases
-
-
-def _by_phases(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Window) -> ir.Value:
-    """A strided Conv's gradient as a Conv for each phase of x, all blocked, laid out over x at the end.
-
-    No product with a zero, as there would be if dy were spread out first or the phases were one Conv.
-    """
-    dims = ints(dims_of(w) or ())
-    channels, kernel = dims[1], geometry.kernel
-    turned, high, wide = _turned(op, w, dims, 1), *ints(geometry.size)
-    parts, places = list[ir.Value](), list[np.ndarray[Any, Any]]()
-    for a, b in itertools.product(_phases(geometry, 0), _phases(geometry, 1)):
-        taps = turned
-        if [a.taps, b.taps] != kernel:
-            taps = op.Slice(turned, starts=[a.tap, b.tap], ends=kernel, axes=[2, 3], steps=[2, 2])
-            taps.shape = ir.Shape([channels, dims[0], a.taps, b.taps])
-        parts.append(op.Conv(dy, taps, pads=[a.pads[0], b.pads[0], a.pads[1], b.pads[1]]))
-        places.append(np.eye(4)[2 * a.first + b.first].reshape(1, 2, 2))
-    halves = [-(-high // 2), -(-wide // 2)]
-    if len(parts) > 1:  # beside each other for each channel, as a grouped ConvTranspose wants them
-        flat = [op.Reshape(part, [0, channels, 1, -1]) for part in parts]
-        together = op.Reshape(op.Concat(*flat, axis=2), [0, channels * len(parts), *halves])
-    else:
-        (together,) = parts
-    spread = op.like(np.tile(np.stack(places), (channels, 1, 1, 1)), x)
-    return op.ConvTranspose(together, spread, strides=[2, 2], pads=[0, 0, high % 2, wide % 2], group=channels)
-
-
-def _scaled(op: Emit, dy: ir.Value, w: ir.Value) -> tuple[ir.Value, ir.Value]:
+def scaled(op: Emit, dy: ir.Value, w: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The factor per channel that a BatchNormalization behind the Conv left on dy, put into the weight instead."""
     node, rank = dy.producer(), len(dims_of(w) or ())
     if node is None or node.op_type != "Mul" or node.meta.get("forward") or len(dy.uses()) > 1:
@@ -152,9 +130,9 @@ def _scaled(op: Emit, dy: ir.Value, w: ir.Value) -> tuple[ir.Value, ir.Value]:
     inner, factor = node.inputs[0], constant_value(node.inputs[1])
     if inner is None or factor is None or factor.shape != ((dims_of(w) or ())[0], *[1] * (rank - 2)):
         return dy, w
-    scaled = op.Mul(w, factor.reshape(-1, *[1] * (rank - 1)))
-    scaled.shape = w.shape
-    return inner, scaled
+    product = op.Mul(w, factor.reshape(-1, *[1] * (rank - 1)))
+    product.shape = w.shape
+    return inner, product
 
 
 def _spread_out(op: Emit, dy: ir.Value, x: ir.Value, geometry: Window, channels: int) -> ir.Value:
@@ -165,7 +143,7 @@ def _spread_out(op: Emit, dy: ir.Value, x: ir.Value, geometry: Window, channels:
     return op.ConvTranspose(dy, ones, strides=geometry.strides, group=channels, output_padding=behind)
 
 
-def _turned(op: Emit, w: ir.Value, dims: list[int], group: int) -> ir.Value:
+def turned(op: Emit, w: ir.Value, dims: list[int], group: int) -> ir.Value:
     """W [outputs, inputs / group, ...] as [inputs, outputs / group, ...], each kernel back to front."""
     outputs, inputs, *kernel = dims
     spatial = range(len(kernel))

@@ -17,11 +17,14 @@ from onnxgbp.branches import detach
 from onnxgbp.constants import is_constant
 from onnxgbp.conv_gradients import conv_grad_as_conv, conv_grad_portable, untied
 from onnxgbp.emit import PRIVATE, Emit
+from onnxgbp.gates import gate_before_pools
+from onnxgbp.phases import conv_grad_by_phases, keep_phases, lay_out
 from onnxgbp.pool_gradients import (
     average_pool_grad,
     average_pool_grad_blocked,
     max_pool_by_comparison,
     max_pool_portable,
+    max_pool_scatter,
     sum_pool_grad,
 )
 from onnxgbp.scan import unroll_scans
@@ -29,11 +32,14 @@ from onnxgbp.step import trusting
 
 __all__ = ["PROFILES", "lower", "merge_equal", "prune", "replace_calls"]
 
-Lowering: TypeAlias = "Callable[[Emit, ir.Node], ir.Value]"
+Lowering: TypeAlias = "Callable[[Emit, ir.Node], ir.Value | None]"
 
 
 def replace_calls(op: Emit, table: Mapping[str, Lowering]) -> None:
-    """Replaces each private call that the table knows by the nodes that its function writes, in sub-graphs as well."""
+    """Replaces each private call that the table knows by the nodes that its function writes, in sub-graphs as well.
+
+    A function that gives None leaves the call for a later one.
+    """
     nodes = list(op.graph.all_nodes())
     for node in nodes:
         if node.domain != PRIVATE or node.op_type not in table or node.graph is None:
@@ -42,6 +48,8 @@ def replace_calls(op: Emit, table: Mapping[str, Lowering]) -> None:
         with trusting(op.scope.removeprefix("gradient/")):
             value, call = table[node.op_type](op, node), node.outputs[0]
         new = op.take()
+        if value is None:
+            continue
         node.graph.insert_before(node, new)
         nodes.extend(new)  # a spelling may call another
         if value.shape is None:
@@ -52,6 +60,10 @@ def replace_calls(op: Emit, table: Mapping[str, Lowering]) -> None:
 
 def lower(op: Emit, profile: str) -> None:
     """Spells every gradient for the profile. No private call is left."""
+    gate_before_pools(op)
+    if profile == "ort":
+        replace_calls(op, BY_PHASES)
+        keep_phases(op)
     replace_calls(op, {call: choices[profile] for call, choices in LOWERINGS.items()})
     if profile == "ort":
         keep_blocked(op)
@@ -105,6 +117,9 @@ def prune(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
+# The ort profile alone: strided gradients as tensors that stay blocked, which come together as late as can be.
+BY_PHASES: dict[str, Lowering] = {"ConvGrad": conv_grad_by_phases, "MaxPoolGrad": max_pool_by_comparison}
+
 # call -> profile -> how it is spelled there, and why. What was measured stands in docs/performance.md. Last of all
 # `keep_blocked` respells gates and factors per channel for ort: it depends on what stands around them.
 LOWERINGS: dict[str, dict[str, Lowering]] = {
@@ -112,10 +127,11 @@ LOWERINGS: dict[str, dict[str, Lowering]] = {
     # right in every runtime, as long as it has no groups of several channels.
     "ConvGrad": {"ort": conv_grad_as_conv, "portable": conv_grad_portable},
     # MaxPool's Indices and ScatterElements are wrong or missing in OpenCV, tinygrad, TVM and WebGPU. In ONNX Runtime
-    # the Indices alone cost 10 to 40 times the pool.
-    "MaxPoolGrad": {"ort": max_pool_by_comparison, "portable": max_pool_portable},
+    # the Indices alone cost 10 to 40 times the pool: they are for what has no phases.
+    "MaxPoolGrad": {"ort": max_pool_scatter, "portable": max_pool_portable},
     # A convolution of one channel is never blocked, a pool is.
     "AveragePoolGrad": {"ort": average_pool_grad_blocked, "portable": average_pool_grad},
     "SumPoolGrad": {"ort": sum_pool_grad, "portable": sum_pool_grad},
+    "Interleave": {"ort": lay_out, "portable": lay_out},
 }
 PROFILES = tuple(dict.fromkeys(itertools.chain.from_iterable(LOWERINGS.values())))

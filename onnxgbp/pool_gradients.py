@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxgbp.blocked import BLOCK, depthwise
+from onnxgbp.blocked import BLOCK, depthwise, pick
 from onnxgbp.conv_gradients import begin, ints, not_negative, operands, span, transposed
 from onnxgbp.emit import Emit, Operand, dims_of
+from onnxgbp.phases import interleaved
 from onnxgbp.window import Window
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "average_pool_grad_blocked",
     "max_pool_by_comparison",
     "max_pool_portable",
+    "max_pool_scatter",
     "sum_pool_grad",
 ]
 
@@ -24,13 +27,13 @@ _MOST_COMPARED = 9  # elements of a window: behind them Indices are as fast
 _STEEPEST = 2.0**127  # the largest factor: 1 + factor d is 0 or less for every normal d < 0
 
 
-def max_pool_by_comparison(op: Emit, node: ir.Node) -> ir.Value:
+def max_pool_by_comparison(op: Emit, node: ir.Node) -> ir.Value | None:
     """The elements of each window one by one: the first that equals the maximum takes the gradient, the rest get none.
 
     MaxPool's Indices take ONNX Runtime 10 to 40 times as long as MaxPool itself. Here every step but the last works on
     tensors of y's size that stay blocked: x_t - y, which is 0 at a maximum; 1 or 0 from that; the part of dy that
-    passes, and what is left of it for the elements behind. The last takes what is left. In the end the parts are laid
-    out over x, where those of overlapping windows add.
+    passes, and what is left of it for the elements behind. The last takes what is left. In the end the parts are added
+    up by their places in the strides, and laid out over x. None where x or the windows do not suit.
     """
     dy, x, y = operands(node)
     geometry: Window = node.meta["window"]
@@ -49,26 +52,50 @@ def max_pool_by_comparison(op: Emit, node: ir.Node) -> ir.Value:
         and channels % BLOCK == 0
         and x.dtype == ir.DataType.FLOAT
     ):
-        return max_pool_scatter(op, node)
-    padded = op.typed(_padded(op, x, y, geometry, op.like(_lowest(x), x)), x)
-    if padded is not x:
-        padded.shape = ir.Shape([(dims_of(x) or ())[0], channels, None, None])
+        return None
+    begin, sizes, counts = (geometry.pads or [])[:2], ints(geometry.size), ints(geometry.out)
+    offsets = [-at for at in begin]
+    if not node.meta.get("above_zero"):  # else dy is 0 where y is, and the 0 of a padding is no maximum
+        padded = op.typed(_padded(op, x, y, geometry, op.like(_lowest(x), x)), x)
+        if padded is not x:
+            offsets, sizes = (
+                [0, 0],
+                [max(size + at, geometry.span(i)) for i, (size, at) in enumerate(zip(sizes, begin, strict=True))],
+            )
+            padded.shape = ir.Shape([(dims_of(x) or ())[0], channels, *sizes])
+            x = padded
     below = depthwise(op, y, -1.0)
     op.sized(elements, elements)
-    one_hot = np.eye(elements).reshape(elements, 1, 1, *geometry.kernel)
-    left, parts = dy, list[ir.Value]()
-    for element in range(elements - 1):
-        pick = op.like(np.broadcast_to(one_hot[element], (channels, 1, *geometry.kernel)), x)
-        picked = op.typed(op.Conv(padded, pick, strides=geometry.strides, group=channels), y)
-        under = op.typed(op.Add(picked, below), y)  # 0 or negative
-        first = op.Relu(depthwise(op, under, _STEEPEST, 1.0))
-        parts.append(op.typed(op.Mul(left, first), y))
-        left = op.typed(op.Add(depthwise(op, parts[-1], -1.0), left), y)
-    flat = [op.Reshape(part, [0, channels, 1, -1]) for part in (*parts, left)]
-    high, wide = ints(geometry.out)
-    windows = op.Reshape(op.Concat(*flat, axis=2), [0, channels * elements, high, wide])
-    spread = op.like(np.tile(one_hot[:, 0], (channels, 1, 1, 1)), x)
-    return transposed(op, windows, spread, x, geometry, channels)
+    left, phases = dy, dict[tuple[int, int], ir.Value]()
+    for row, column in itertools.product(*map(range, geometry.kernel)):
+        part = left
+        if (row, column) != (geometry.kernel[0] - 1, geometry.kernel[1] - 1):
+            places = [offsets[0] + row, offsets[1] + column]
+            picked = op.typed(pick(op, x, geometry.strides, places, counts, sizes), y)
+            under = op.typed(op.Add(picked, below), y)  # 0 or negative
+            if node.meta.get("positive"):
+                part = op.Relu(op.typed(op.Add(depthwise(op, under, _STEEPEST), left), y))
+            else:
+                part = op.typed(op.Mul(left, op.Relu(depthwise(op, under, _STEEPEST, 1.0))), y)
+            left = op.typed(op.Add(depthwise(op, part, -1.0), left), y)
+        _add_at(op, phases, part, geometry, row, column)
+    return interleaved(op, phases, node.outputs[0], geometry.strides, begin)
+
+
+def _add_at(op: Emit, phases: dict[tuple[int, int], ir.Value], part: ir.Value, geometry: Window, *element: int) -> None:
+    """Adds what one element of all windows gets to the phase of x that it lies in."""
+    strides, counts = geometry.strides, ints(geometry.out)
+    place = (element[0] % strides[0], element[1] % strides[1])
+    shifts = [at // stride for at, stride in zip(element, strides, strict=True)]
+    room = [(kernel - 1) // stride for kernel, stride in zip(geometry.kernel, strides, strict=True)]
+    if any(room):  # windows overlap: a phase has more elements than there are windows
+        channels = (dims_of(part) or ())[1]
+        assert isinstance(channels, int)  # it is aligned
+        ends = [more - shift for more, shift in zip(room, shifts, strict=True)]
+        moved = op.Conv(part, op.like(np.ones([channels, 1, 1, 1]), part), pads=[*shifts, *ends], group=channels)
+        moved.shape = ir.Shape([*(dims_of(part) or ())[:2], *(n + more for n, more in zip(counts, room, strict=True))])
+        part = moved
+    phases[place] = op.typed(op.Add(part, phases[place]), part) if place in phases else part
 
 
 def max_pool_scatter(op: Emit, node: ir.Node) -> ir.Value:
