@@ -25,6 +25,7 @@ __all__ = ["BLOCK", "depthwise", "keep_blocked", "pick"]
 BLOCK = 16
 # min(1, max(0, 2^150 y)) is 1 for every y > 0 and 0 for y <= 0; no float32 holds the factor, two do.
 _WEIGHT, _SLOPE = 2.0**100, 2.0**50
+_STEEP = 2.0**127  # times the smallest normal number: 2
 _LOWEST_TOP, _HIGHEST_TOP = 2.0**-20, 2.0**20  # of a ReLU6, for which the constants of its gate stay in range
 
 # Blocked where their input is.
@@ -179,36 +180,43 @@ def _gate(op: Emit, node: ir.Node, blocked: set[ir.Value]) -> ir.Value | None:
         return None
     if y not in blocked and not (d in blocked and any(user.op_type == "Conv" for user in y.consumers())):
         return None  # else a convolution behind y, or the gate's own, takes it there
-    if top is None:
-        scaled = depthwise(op, y, _WEIGHT)
-        mask = op.typed(op.HardSigmoid(scaled, alpha=_SLOPE, beta=0.0), y)
-        return op.Mul(_entered(op, d, blocked), mask)
-    if not _LOWEST_TOP <= top <= _HIGHEST_TOP:
+    if top is not None and not _LOWEST_TOP <= top <= _HIGHEST_TOP:
         return None
-    distance = _distance(op, y, top)
-    relu, conv = d.producer(), None
-    if relu is not None and relu.op_type == "Relu" and relu.inputs[0] is not None and len(d.uses()) == 1:
-        conv = relu.inputs[0].producer()
-    if conv is None or conv.op_type != "Conv" or conv.outputs[0] not in blocked or len(conv.outputs[0].uses()) > 1:
-        rest = depthwise(op, distance, -1.0, top)
-        mask = op.typed(op.HardSigmoid(rest, alpha=_SLOPE, beta=0.0), y)
-        return op.Mul(_entered(op, d, blocked), mask)
-    # Relu(d) of a gate that is open, 0 of a closed one: Relu(d + term) with a term of 0, or one below -2^100. The
-    # convolution that makes d adds it and takes the Relu with it.
-    below = float(np.nextafter(np.float32(top), np.float32(0)))
-    steep = 2.0 ** (125 - math.ceil(math.log2(top)))
-    term = op.Clip(depthwise(op, distance, -steep, steep * below), min=-np.finfo(np.float32).max, max=0.0)
-    return op.Relu(op.typed(op.Add(conv.outputs[0], op.typed(term, y)), y))
+    e = _before_relu(d)
+    if e is not None:  # Relu(e) of an open gate; Relu of less than -2^98 of a closed one
+        term = depthwise(op, _closed(op, y, top), -_STEEP)
+        return op.Relu(op.typed(op.Add(term, _entered(op, e, blocked)), y))
+    if top is not None:
+        mask = op.Relu(depthwise(op, _closed(op, y, top), -_STEEP, 1.0))
+    else:
+        mask = op.typed(op.HardSigmoid(depthwise(op, y, _WEIGHT), alpha=_SLOPE, beta=0.0), y)
+    return op.Mul(_entered(op, d, blocked), mask)
 
 
-def _distance(op: Emit, y: ir.Value, top: float) -> ir.Value:
-    """Top where y is 0 or top, and less between, by at least the last digit: y, but for a steep fall from 0 to 2^-103.
+def _before_relu(d: ir.Value) -> ir.Value | None:
+    """What d is the Relu of; d itself where it is known not to be negative; else None."""
+    node = d.producer()
+    if node is None or node.meta.get("forward"):
+        return None
+    if node.op_type == "Relu":
+        return node.inputs[0]
+    return d if node.meta.get("not_negative") else None
 
-    A LeakyRelu of a negative slope, which the convolution takes with it. At 2^-126 it has fallen by one digit.
+
+def _closed(op: Emit, y: ir.Value, top: float | None) -> ir.Value:
+    """0 where a gate is open, for 0 < y < top down to the smallest normal number, and more than 0 where it is closed.
+
+    Of a Relu max(0, 1 - 2^127 y). Of a ReLU6 two such lines are added, of which the steep one leaves 0 behind the last
+    number below the top: there it has 2^103, or thereabouts, while the other has fallen by 2^101. Relu is the one
+    activation that ONNX Runtime's kernel has within; another is a second pass.
     """
-    knee = 2.0**-103
-    moved = depthwise(op, y, 1.0, -knee)
-    return op.typed(op.LeakyRelu(moved, alpha=-top / knee), y)
+    if top is None:
+        return op.Relu(depthwise(op, y, -_STEEP, 1.0))
+    below = float(np.nextafter(np.float32(top), np.float32(0)))
+    steep = 2.0 ** (127 - math.ceil(math.log2(top)))
+    at_top = op.Relu(depthwise(op, y, steep, -steep * below))
+    fall = steep * 2.0**-26
+    return op.Relu(op.typed(op.Add(depthwise(op, y, -fall, fall * 2.0**-126), at_top), y))
 
 
 def _is_zero(value: ir.Value | None) -> bool:

@@ -161,7 +161,7 @@ def lay_out(op: Emit, node: ir.Node) -> ir.Value:
     order = list(itertools.product(*map(range, strides)))
     places = np.eye(len(order))[[order.index(place) for place in phases]].reshape(len(phases), 1, *strides)
     ends = [count * stride - at - size for count, stride, at, size in zip(counts, strides, begin, sizes, strict=True)]
-    return op.ConvTranspose(
+    made: ir.Value = op.ConvTranspose(
         together,
         op.like(np.tile(places, (channels, 1, 1, 1)), first),
         strides=strides,
@@ -169,3 +169,7 @@ def lay_out(op: Emit, node: ir.Node) -> ir.Value:
         output_padding=[max(-end, 0) for end in ends] if min(ends) < 0 else None,
         group=channels,
     )
+    maker, makers = made.producer(), [value.producer() for value in phases.values()]
+    assert maker is not None  # it was made here
+    maker.meta["not_negative"] = all(each is not None and each.op_type == "Relu" for each in makers)
+    return made
