@@ -43,6 +43,7 @@ __all__ = ["Counts", "explain_batch"]
 _MANIFEST = "_manifest.json"
 _LISTING = "_inputs.jsonl"
 _LOCK = "_lock"
+_MOST_WORKERS = 8  # that nobody asked for: each has a session of its own in memory
 _ASIDE = (".part-*.parquet.*", f".{_MANIFEST}.*", f".{_LISTING}.*")
 
 
@@ -58,7 +59,7 @@ def explain_batch(
     attribution: str = "float16",
     column: str | None = None,
     engine: str = "local",
-    workers: int = 1,
+    workers: int | None = None,
     threads: int | None = None,
     address: str | None = None,
     num_gpus: float | None = None,
@@ -89,7 +90,8 @@ def explain_batch(
         attribution: float16, float32, png or none.
         column: of images in a Parquet data set; None finds it.
         engine: local or ray.
-        workers: processes, or actors of Ray. What was in flight when the run ends is that many parts at most.
+        workers: processes, or actors of Ray. What was in flight when the run ends is that many parts at most. None: 1,
+            but on the CPU with the engine local as many as there are cores, parts, or eight, whichever is least.
         threads: of each worker; None shares the cores of this machine out among them. Ray reserves as many CPUs.
         address: of a Ray cluster; None starts one here, or takes what RAY_ADDRESS names.
         num_gpus: of each actor.
@@ -106,13 +108,13 @@ def explain_batch(
             written, or there are too many errors. What was done stays.
     """
     for name, value in (("batch_size", batch_size), ("part_size", part_size), ("workers", workers)):
-        if value < 1:
+        if value is not None and value < 1:
             raise OnnxgbpError(f"{name} is {value}, not a count of 1 or more")
     if attribution not in FORMS or engine not in ("local", "ray"):
         raise OnnxgbpError(f"attribution is one of {', '.join(FORMS)}; engine is local or ray")
     if engine == "local" and (address is not None or num_gpus is not None):
         raise OnnxgbpError("address and num_gpus are for the engine ray")
-    each = threads or max(1, _cores() // workers)
+    each = threads or max(1, _cores() // (workers or 1))
     explainer = Explainer(model, **(options or {}), threads=each, diagnose=False)
     if len(explainer.wrt) != 1 or len(explainer.methods) != 1 or explainer.top is not None:
         raise OnnxgbpError("a row holds one map: give one method, one class and one --wrt, or run the command for each")
@@ -153,11 +155,16 @@ def explain_batch(
             done = {part: counts for part in parts if (counts := job.done(part)) is not None}
             left = [part for part in parts if part not in done]
             progress = _Progress(samples.count, sum(done.values(), Counts()), echo)
+            if workers is None and engine == "local" and explainer.provider == "cpu":
+                workers = max(1, min(_cores(), len(left), _MOST_WORKERS))
+                each = threads or max(1, _cores() // workers)
+                alone = Explainer(model, **(options or {}), threads=each, diagnose=False) if workers > 1 else explainer
+                job = dataclasses.replace(job, explainer=alone, threads=each)
             steps: Generator[Counts]
             if left and engine == "ray":
-                steps = on_ray(job, left, workers, address, num_gpus)
-            elif left and workers > 1:
-                steps = in_processes(job, left, min(workers, len(left)))
+                steps = on_ray(job, left, workers or 1, address, num_gpus)
+            elif left and (workers or 1) > 1:
+                steps = in_processes(job, left, min(workers or 1, len(left)))
             else:
                 steps = in_process(job, left)
             _run(steps, progress, max_errors)

@@ -368,7 +368,9 @@ def explain(paths: tuple[Path, ...], out: Path, **options: Any) -> None:
 @click.option("--column", metavar="NAME", help="The images in Parquet.  [default: image, or the only bytes]")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option(
-    "--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes, or actors of Ray Data."
+    "--workers",
+    type=click.IntRange(1),
+    help="Processes, or actors of Ray Data.  [default: on the CPU one for each core, 8 at most; else 1]",
 )
 @click.option("--threads", type=click.IntRange(1), help="Of each worker.  [default: this machine's cores shared out]")
 @click.option("--address", help="Of a Ray cluster, to which INPUT, MODEL and the folder are there too.")

@@ -37,7 +37,8 @@ SLOW = ["--batch-size", "1", "--part-size", "4"]  # many small parts
 
 
 def run(*arguments: Any) -> Result:
-    return CliRunner().invoke(main, ["batch", *map(str, arguments)])
+    """In this process, unless the arguments ask for workers."""
+    return CliRunner().invoke(main, ["batch", "--workers", "1", *map(str, arguments)])
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -411,9 +412,14 @@ def command(model: Path, many: Path, out: Path, *more: Any) -> list[str]:
 @contextlib.contextmanager
 def started(*arguments: Any) -> Iterator[subprocess.Popen[str]]:
     """A run in a process group of its own, which ends with the block."""
-    process = subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    # As in a terminal, also where the tests run in the background of a shell, which has Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         yield process
     finally:
@@ -484,6 +490,19 @@ def test_interrupted(model: Path, many: Path, whole: dict[str, str], tmp_path: P
     assert "Interrupted" in stderr
     assert "Traceback" not in stderr
     goes_on(model, many, out, whole)
+
+
+def test_a_worker_for_each_core(model: Path, many: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    """Where nobody says how many; the bytes are those of one."""
+    out, seen = tmp_path / "out", set[int]()
+    cores = min(len(os.sched_getaffinity(0)), 8, len(whole))
+    with started(model, many, out) as process:
+        while process.poll() is None:
+            seen |= {pid for pid in group(process) if "spawn_main" in commandline(pid)}
+            time.sleep(0.01)
+        assert process.returncode == 3  # one row has an error
+    assert len(seen) == (cores if cores > 1 else 0)
+    assert parts(out) == whole
 
 
 def test_workers_never_hear_of_an_interruption(model: Path, many: Path, tmp_path: Path) -> None:

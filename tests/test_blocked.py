@@ -111,6 +111,33 @@ for kernel, stride, pads, ceil in ((2, 2, [0] * 4, 0), (3, 2, [1] * 4, 0), (3, 2
         {},
     )
 
+pool = {"kernel_shape": [2, 2], "strides": [2, 2]}
+BLOCKS |= {
+    "relu6 and pool": ([node("Clip", ["a", "zero", "six"], ["r"]), node("MaxPool", ["r"], ["b"], **pool)], CLIP),
+    "two pools": (
+        [
+            node("Relu", ["a"], ["r"]),
+            node("MaxPool", ["r"], ["p"], **pool),
+            node("MaxPool", ["r"], ["q"], **pool),
+            node("Add", ["p", "q"], ["b"]),
+        ],
+        {},
+    ),
+    "pool of a pool": (
+        [node("Relu", ["a"], ["r"]), node("MaxPool", ["r"], ["p"], **pool), node("MaxPool", ["p"], ["b"], **pool)],
+        {},
+    ),
+    "two strided": (  # whose gradients are added before they are laid out
+        [
+            node("Relu", ["a"], ["r"]),
+            node("Conv", ["r", "w3"], ["c"], strides=[2, 2], pads=[1, 1, 1, 1]),
+            node("Conv", ["r", "w4"], ["d"], strides=[2, 2]),
+            node("Add", ["c", "d"], ["b"]),
+        ],
+        {"w3": weight(16, 16, 3, 3), "w4": weight(16, 16, 1, 1)},
+    ),
+}
+
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [12, 13])
@@ -178,6 +205,65 @@ def test_the_first_maximum_wins_every_tie(kernel: int, pads: list[int]) -> None:
     fast, portable = maps(net(pool, size=12, w1=identity), x, "gradient")
     assert np.array_equal(fast != 0, portable != 0)
     assert np.allclose(fast, portable, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("kernel", "pads"), [(2, [0] * 4), (2, [1] * 4), (3, [0] * 4), (3, [1] * 4)])
+def test_ties_behind_a_relu(kernel: int, pads: list[int], method: str) -> None:
+    """Where deconvnet gives the gradient of a window of zeros to its first element, and the others to none."""
+    behind = node("MaxPool", ["r"], ["b"], kernel_shape=[kernel, kernel], strides=[2, 2], pads=pads)
+    identity = np.zeros((16, 16, 3, 3), np.float32)
+    identity[range(16), range(16), 1, 1] = 1
+    x = RNG.integers(-2, 3, (2, 16, 12, 12)).astype(np.float32)
+    x[0, :8] = 0
+    fast, portable = maps(net(node("Relu", ["a"], ["r"]), behind, size=12, w1=identity), x, method)
+    assert np.array_equal(fast != 0, portable != 0)
+    assert np.allclose(fast, portable, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["gradient", "guided"])
+@pytest.mark.parametrize("profile", ["ort", "portable"])
+def test_a_gate_is_asked_on_the_small_side_of_a_pool(profile: str, method: str) -> None:
+    """x is 12 wide and y 6: nothing that could be a gate's is on x's side."""
+    model = net(*BLOCKS["max pool 2/2 [0, 0, 0, 0] 0"][0], size=12)
+    model = onnxgbp.convert(model, method=method, profile=profile, output="y", unit=3)
+    known = onnx.shape_inference.infer_shapes(model).graph.value_info
+    wide = {value.name for value in known if value.type.tensor_type.shape.dim[-1].dim_value == 12}
+    gates = [each for each in model.graph.node if each.op_type in ("Where", "HardSigmoid", "Relu", "Mul")]
+    gates = [each for each in gates if each.name.startswith("gradient/")]
+    assert gates
+    assert wide
+    assert not wide & {each.output[0] for each in gates}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel", "stride", "pads"),
+    [
+        (3, 24, 7, 2, [3] * 4),
+        (3, 24, 7, 2, [2, 3, 3, 2]),
+        (3, 28, 6, 2, [0] * 4),
+        (1, 32, 5, 2, [2] * 4),
+        (3, 26, 7, 2, [3] * 4),
+        (3, 24, 3, 2, [1] * 4),
+        (3, 24, 3, 1, [1] * 4),
+        (4, 23, 5, 1, [0] * 4),
+        (5, 24, 3, 1, [1] * 4),
+    ],
+)
+def test_images_of_few_channels(
+    channels: int, size: int, kernel: int, stride: int, pads: list[int], method: str
+) -> None:
+    given = {"w1": weight(16, channels, kernel, kernel), "w2": weight(32, 16, 1, 1)}
+    nodes = [
+        node("Conv", ["x", "w1"], ["a"], name="first", strides=[stride, stride], pads=pads),
+        node("Relu", ["a"], ["b"]),
+        node("Conv", ["b", "w2"], ["y"], name="last"),
+    ]
+    model = small_model(nodes, {"x": ["N", channels, size, size]}, ("y",), given, opset=17)
+    fast, portable = maps(model, RNG.standard_normal((2, channels, size, size)).astype(np.float32), method)
+    assert np.any(portable)
+    assert np.allclose(fast, portable, rtol=1e-4, atol=1e-5)
 
 
 def test_negative_maxima_beat_the_padding() -> None:

@@ -208,7 +208,7 @@ def about(provider: str, threads: int) -> Row:
 
 def task(kind: str, model: Path, name: str, batch: int, size: int, machine: Row) -> dict[str, Any]:
     """What a worker is told."""
-    case = {"network": name, "batch": batch, "size": size}
+    case = {"network": name, "batch": batch, "size": size, "memory_plan": kind == "forward"}
     return {"kind": kind, "model": str(model), **case, "provider": machine["provider"], "threads": machine["threads"]}
 
 
@@ -268,7 +268,7 @@ def compare(
     for batch in batches:
         forward = task("forward", source, name, batch, size, machine)
         tasks = [(forward, sys.executable)]
-        tasks += [(forward | {"kind": method, "model": str(file)}, sys.executable) for method, file in files.items()]
+        tasks += [(task(method, file, name, batch, size, machine), sys.executable) for method, file in files.items()]
         case = {"network": name, "batch": batch, "size": size, **machine}
         for kind, given, python, error in peer_tasks(peers, forward, {"source": source, "portable": portable}, folder):
             if error:

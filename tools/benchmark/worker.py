@@ -42,6 +42,7 @@ def _onnxruntime(task: dict[str, Any]) -> Call:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = task["threads"]
     options.log_severity_level = 3
+    options.enable_mem_pattern = task.get("memory_plan", True)  # our files run as `Explainer` runs them: without
     wanted = "CUDAExecutionProvider" if task["provider"] == "cuda" else "CPUExecutionProvider"
     providers: list[Any] = [(wanted, {"use_tf32": "0"})] if task["provider"] == "cuda" else [wanted]
     session = onnxruntime.InferenceSession(task["model"], options, providers=providers)
