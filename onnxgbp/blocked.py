@@ -2,11 +2,11 @@
 
 On x86 ONNX Runtime runs convolutions on tensors in blocks of 16 channels (8 without AVX-512), and puts a pass over the
 whole tensor wherever an operator that knows no blocks stands between two that do. Convolutions, pools, Add and Mul of
-equal shapes, Concat and Relu, Sigmoid, Tanh know them; Where, Greater and Split do not. So a mask between two
-convolutions is spelled here as a 1x1 convolution and a product.
+equal shapes, Concat and Relu, Sigmoid, Tanh know them; Where, Greater and Split do not. So a gate between two
+convolutions is spelled here as 1x1 convolutions with a Relu and a sum, or as one and a product.
 
 What is rewritten gives the same numbers, but where a gradient is not finite: 0 * inf is NaN, which the map then shows;
-and, at a closed ReLU6 under guided backpropagation, where it is above 2^100.
+and, at a closed gate under guided backpropagation, where it is above 2^127, or at a ReLU6 above 2^102 / its top.
 """
 
 from __future__ import annotations
@@ -170,7 +170,10 @@ def _entered(op: Emit, value: ir.Value, blocked: set[ir.Value]) -> ir.Value:
 
 
 def _gate(op: Emit, node: ir.Node, blocked: set[ir.Value]) -> ir.Value | None:
-    """Where(y > 0, d, 0), or Where(0 < y < top, d, 0) of a ReLU6, as a product with a mask of 0 and 1."""
+    """Where(y > 0, d, 0), or Where(0 < y < top, d, 0) of a ReLU6: d times a mask of 0 and 1.
+
+    Where d = Relu(e): Relu(e + 0) of an open gate and Relu(e - 2^127), of a ReLU6 Relu(e - 2^102 / top), of a closed one.
+    """
     condition, d, zero = node.inputs
     maker = condition.producer() if condition is not None else None
     if d is None or maker is None or not _is_zero(zero):
@@ -183,7 +186,7 @@ def _gate(op: Emit, node: ir.Node, blocked: set[ir.Value]) -> ir.Value | None:
     if top is not None and not _LOWEST_TOP <= top <= _HIGHEST_TOP:
         return None
     e = _before_relu(d)
-    if e is not None:  # Relu(e) of an open gate; Relu of less than -2^98 of a closed one
+    if e is not None:
         term = depthwise(op, _closed(op, y, top), -_STEEP)
         return op.Relu(op.typed(op.Add(term, _entered(op, e, blocked)), y))
     if top is not None:
