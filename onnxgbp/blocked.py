@@ -172,7 +172,7 @@ def _entered(op: Emit, value: ir.Value, blocked: set[ir.Value]) -> ir.Value:
 def _gate(op: Emit, node: ir.Node, blocked: set[ir.Value]) -> ir.Value | None:
     """Where(y > 0, d, 0), or Where(0 < y < top, d, 0) of a ReLU6: d times a mask of 0 and 1.
 
-    Where d = Relu(e): Relu(e + 0) of an open gate and Relu(e - 2^127), of a ReLU6 Relu(e - 2^102 / top), of a closed one.
+    Where d = Relu(e): Relu(e + 0) of an open gate; of a closed one Relu(e - 2^127), of a ReLU6 Relu(e - 2^102 / top).
     """
     condition, d, zero = node.inputs
     maker = condition.producer() if condition is not None else None

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and small ones that are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from onnxgbp.errors import OnnxgbpError
 
-__all__ = ["MANIFEST", "durable_file", "listed_files", "output_file", "result_folder", "write"]
+__all__ = ["MANIFEST", "durable_file", "listed_files", "output_file", "read_text", "result_folder", "write"]
 
 MANIFEST = "manifest.json"
 
@@ -91,3 +91,17 @@ def _sync(path: Path, mode: int) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_text(path: Path) -> str:
+    """A small text file of a user's, in UTF-8 with or without its mark.
+
+    Raises:
+        OnnxgbpError: it cannot be read, or is no text.
+    """
+    try:
+        return path.read_text("utf-8-sig")
+    except OSError as error:
+        raise OnnxgbpError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise OnnxgbpError(f"cannot read {path}: it is no text in UTF-8") from None

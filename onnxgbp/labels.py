@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.files import read_text
 from onnxgbp.model import METADATA
 
 __all__ = ["feature_names", "find_label", "labels_of"]
@@ -52,12 +53,7 @@ def feature_names(path: Path | None, metadata: Mapping[str, str]) -> list[str]:
         if not isinstance(said, list):
             raise OnnxgbpError(f"the model's metadata '{METADATA}features' is no JSON list of names")
         return [str(name) for name in said]
-    try:
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise OnnxgbpError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise OnnxgbpError(f"cannot read {path}: it is no text in UTF-8") from None
+    text = read_text(path)
     listed = _read(text) if path.suffix.lower() == ".json" else text.rstrip().splitlines()
     if not isinstance(listed, list) or not listed:
         raise OnnxgbpError(f"{path} holds no names: write one on each line, or a JSON list")

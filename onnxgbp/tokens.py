@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.files import read_text
 from onnxgbp.render import diverging, scaled
 
 __all__ = ["Piece", "Vocabulary", "collapsed", "colours_of", "pieces_of", "text_page"]
@@ -38,12 +39,7 @@ class Vocabulary:
         Raises:
             OnnxgbpError: it cannot be read, or is none of these.
         """
-        try:
-            text = path.read_text("utf-8-sig")
-        except OSError as error:
-            raise OnnxgbpError(f"cannot read {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise OnnxgbpError(f"cannot read {path}: it is no text in UTF-8") from None
+        text = read_text(path)
         if path.suffix.lower() == ".json":
             tokens = _from_json(text, path)
         else:  # not splitlines, which takes some characters that are tokens for the end of a line
