@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ from onnxgbp.window import Window
 
 __all__ = [
     "begin",
+    "by_blocks",
     "conv_as_conv",
     "conv_grad",
     "conv_grad_as_conv",
     "conv_grad_portable",
+    "has_blocks",
     "ints",
     "not_negative",
     "operands",
@@ -31,6 +33,7 @@ __all__ = [
 
 _FEW = 4  # channels of an image
 _LARGE = 5  # a kernel for which ConvTranspose is the slower one
+_PIXELS = 4  # on each side of a block
 _FIRST = -(1 << 31)  # the end of a slice that runs backwards to the first element
 
 
@@ -67,8 +70,11 @@ def conv_as_conv(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Win
     dims, pads, rank = dims_of(w), geometry.pads, geometry.rank
     if pads is None or dims is None or not all(isinstance(dim, int) for dim in dims) or not is_constant(w):
         return transposed(op, dy, w, x, geometry, group)
-    if (blocks := _by_blocks(op, dy, w, x, geometry, group)) is not None:
-        return blocks
+    if has_blocks(geometry, ints(dims), x, group):
+        inner, factored = scaled(op, dy, w)
+        blocks = by_blocks(op, {(0, 0): inner}, [1, 1], [0, 0], factored, x, geometry)
+        if blocks is not None:
+            return blocks
     strided = any(stride != 1 for stride in geometry.strides)
     begins = [reach - 1 - pad for reach, pad in zip(geometry.reach, pads, strict=False)]
     ends = [reach - 1 - pad for reach, pad in zip(geometry.reach, pads[rank:], strict=False)]
@@ -85,13 +91,12 @@ def conv_as_conv(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Win
     return op.Conv(dy, back_to_front, pads=begins + ends, dilations=geometry.dilations, group=group)
 
 
-def _by_blocks(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Window, group: int) -> ir.Value | None:
-    """The gradient for an image of few channels, by a strided Conv with 4 x 4 pixels as its channels.
+def has_blocks(geometry: Window, dims: Sequence[int], x: ir.Value, group: int) -> bool:
+    """Whether `by_blocks` is faster than ConvTranspose: a large kernel over an image of few channels.
 
-    dx[4 i + e] = sum over q of w[e + pad - s q] dy[4 i / s + q]. None where ConvTranspose is as fast or faster.
+    dims: of the Conv's weight.
     """
-    dims, block, pads = ints(dims_of(w) or ()), 4, geometry.pads or []
-    if not (
+    return (
         geometry.static
         and geometry.rank == 2
         and group == 1
@@ -101,25 +106,51 @@ def _by_blocks(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Windo
         and geometry.strides == [2, 2]
         and geometry.dilations == [1, 1]
         and min(geometry.kernel) >= _LARGE
-        and not any(size % block for size in ints(geometry.size))
-    ):
-        return None
-    dy, w = scaled(op, dy, w)
-    w = op.Pad(w, pads=[0] * 6 + [1, 1], constant_value=op.like(0, x))  # what lies outside of the kernel reads this
-    begins, ends, taps = list[int](), list[int](), list[int]()
-    for i, kernel in enumerate(geometry.kernel):
-        first, last = -((kernel - 1 - pads[i]) // 2), (block - 1 + pads[i]) // 2
-        taps.append(last - first + 1)
-        begins.append(-first)
-        ends.append((ints(geometry.size)[i] // block - 1) * 2 + taps[i] - ints(geometry.out)[i] + first)
-        reads = [e + pads[i] - 2 * q for e in range(block) for q in range(first, last + 1)]
-        w = op.Gather(w, [at if 0 <= at < kernel else kernel for at in reads], axis=2 + i)
-    if min(begins + ends) < 0:
-        return None
-    w = op.Reshape(w, [*dims[:2], block, taps[0], block, taps[1]])
-    w = op.Reshape(op.Transpose(w, perm=[2, 4, 1, 0, 3, 5]), [block * block * dims[1], dims[0], *taps])
-    w.shape = ir.Shape([block * block * dims[1], dims[0], *taps])
-    return op.DepthToSpace(op.Conv(dy, w, strides=[2, 2], pads=begins + ends), blocksize=block)
+        and not any(size % _PIXELS for size in ints(geometry.size))
+    )
+
+
+def by_blocks(
+    op: Emit,
+    dys: Mapping[tuple[int, int], ir.Value],
+    strides: Sequence[int],
+    begin: Sequence[int],
+    w: ir.Value,
+    x: ir.Value,
+    geometry: Window,
+) -> ir.Value | None:
+    """The gradient for an image of few channels, by Convs with 4 x 4 pixels as their channels.
+
+    dx[4 i + e] = sum over q of w[e + pad - 2 q] dy[2 i + q]. dy comes as phases, of which (a, b) holds
+    dy[..., s j + a - begin, t k + b - begin], each with a Conv of its own; the whole is the phase (0, 0) of the
+    strides 1. None where a phase holds more than is read.
+    """
+    dims, pads, sizes = ints(dims_of(w) or ()), geometry.pads or [], ints(geometry.size)
+    channels, total = _PIXELS * _PIXELS * dims[1], None
+    padded = op.Pad(
+        w, pads=[0] * 6 + [1, 1], constant_value=op.like(0, x)
+    )  # what lies outside of the kernel reads this
+    for place, dy in dys.items():
+        weight, taps, begins, ends = padded, list[int](), list[int](), list[int]()
+        for i, (kernel, stride) in enumerate(zip(geometry.kernel, strides, strict=True)):
+            ahead = place[i] - begin[i]
+            first = -((ahead + (kernel - 1 - pads[i]) // 2) // stride)
+            last = ((_PIXELS - 1 + pads[i]) // 2 - ahead) // stride
+            taps.append(last - first + 1)
+            begins.append(-first)
+            step, count = 2 // stride, ints((dims_of(dy) or ())[2:])[i]
+            ends.append((sizes[i] // _PIXELS - 1) * step + taps[i] - count + first)
+            reads = [e + pads[i] - 2 * (stride * j + ahead) for e in range(_PIXELS) for j in range(first, last + 1)]
+            weight = op.Gather(weight, [at if 0 <= at < kernel else kernel for at in reads], axis=2 + i)
+        if min(begins + ends) < 0:
+            return None
+        weight = op.Reshape(weight, [*dims[:2], _PIXELS, taps[0], _PIXELS, taps[1]])
+        weight = op.Reshape(op.Transpose(weight, perm=[2, 4, 1, 0, 3, 5]), [channels, dims[0], *taps])
+        weight.shape = ir.Shape([channels, dims[0], *taps])
+        blocks = op.Conv(dy, weight, strides=[2 // stride for stride in strides], pads=begins + ends)
+        blocks.shape = ir.Shape([(dims_of(x) or ())[0], channels, *(size // _PIXELS for size in sizes)])
+        total = blocks if total is None else op.typed(op.Add(blocks, total), blocks)
+    return op.DepthToSpace(total, blocksize=_PIXELS)
 
 
 def scaled(op: Emit, dy: ir.Value, w: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -1,7 +1,8 @@
 """Gradients of strided operators as phases: every s-th element of each spatial dim is a tensor of its own.
 
 A strided convolution or pool makes each phase of dx by itself, with kernels of ONNX Runtime's blocked layout. What puts
-the phases together works outside of it, so that comes behind a Relu, and behind the sum of two such gradients.
+the phases together works outside of it, so that comes behind a Relu, and behind the sum of two such gradients; and the
+gradient of an image is made of phases as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import onnx_ir as ir
 
 from onnxgbp.blocked import BLOCK
 from onnxgbp.constants import is_constant
-from onnxgbp.conv_gradients import ints, operands, scaled, turned
+from onnxgbp.conv_gradients import by_blocks, has_blocks, ints, operands, scaled, turned
 from onnxgbp.emit import PRIVATE, Emit, dims_of
 from onnxgbp.gates import only_reader
 from onnxgbp.window import Window
@@ -105,7 +106,7 @@ def _by_phases(op: Emit, dy: ir.Value, w: ir.Value, x: ir.Value, geometry: Windo
 
 
 def keep_phases(op: Emit) -> None:
-    """Lets a Relu, and the sum of two wholes, act on the phases: convolutions take both with them."""
+    """Lets a Relu, the sum of two wholes, and the gradient of an image act on the phases."""
     for node in [node for node in op.graph.all_nodes() if node.op_type == "Interleave" and node.domain == PRIVATE]:
         whole: ir.Node | None = node
         while whole is not None:  # in the order of the graph: the second of two that are added finds the first
@@ -115,10 +116,18 @@ def keep_phases(op: Emit) -> None:
 def _behind_its_reader(op: Emit, node: ir.Node) -> ir.Node | None:
     """The phases put together behind the one node that reads the whole, None where that needs the whole."""
     reader = only_reader(node)
-    if reader is None or reader.domain or reader.graph is None:
+    if reader is None or reader.graph is None:
         return None
     op.scope = (reader.name or "").rpartition("/")[0]
     phases, old, sources = _phases(node), reader.outputs[0], [node]
+    if reader.domain == PRIVATE:
+        image = _image_by_blocks(op, reader, node, phases)
+        new = op.take()
+        if image is not None:
+            reader.graph.insert_before(reader, new)
+            old.replace_all_uses_with(op.typed(image, old), replace_graph_outputs=True)
+            reader.graph.remove([reader, node], safe=True)
+        return None
     if reader.op_type == "Relu":
         phases = {place: op.Relu(value) for place, value in phases.items()}
     elif reader.op_type == "Add":
@@ -135,6 +144,19 @@ def _behind_its_reader(op: Emit, node: ir.Node) -> ir.Node | None:
     old.replace_all_uses_with(moved, replace_graph_outputs=True)
     reader.graph.remove([reader, *sources], safe=True)
     return moved.producer()
+
+
+def _image_by_blocks(op: Emit, reader: ir.Node, node: ir.Node, phases: Phases) -> ir.Value | None:
+    """The gradient for an image behind the whole; None where it is another operator's, or is made otherwise."""
+    if reader.op_type != "ConvGrad" or reader.inputs[0] is not node.outputs[0]:
+        return None
+    _, w, x = operands(reader)
+    geometry, dims, strides = reader.meta["window"], dims_of(w), node.meta["strides"]
+    if dims is None or not all(isinstance(dim, int) for dim in dims) or not is_constant(w) or set(strides) - {1, 2}:
+        return None
+    if not has_blocks(geometry, ints(dims), x, reader.meta["group"]):
+        return None
+    return by_blocks(op, phases, strides, node.meta["begin"], w, x, geometry)
 
 
 def _phases(node: ir.Node) -> dict[tuple[int, int], ir.Value]:

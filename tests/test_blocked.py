@@ -266,6 +266,24 @@ def test_images_of_few_channels(
     assert np.allclose(fast, portable, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [32, 36, 40])
+@pytest.mark.parametrize(("kernel", "pads"), [(2, [0] * 4), (3, [0] * 4), (3, [1] * 4), (3, [0, 0, 1, 1])])
+def test_an_image_behind_a_pool(kernel: int, pads: list[int], size: int, method: str) -> None:
+    """Whose gradient is made of the pool's phases, without the whole between."""
+    given = {"w1": weight(16, 3, 7, 7), "w2": weight(32, 16, 1, 1)}
+    nodes = [
+        node("Conv", ["x", "w1"], ["a"], name="first", strides=[2, 2], pads=[3] * 4),
+        node("Relu", ["a"], ["r"]),
+        node("MaxPool", ["r"], ["b"], kernel_shape=[kernel, kernel], strides=[2, 2], pads=pads),
+        node("Conv", ["b", "w2"], ["y"], name="last"),
+    ]
+    model = small_model(nodes, {"x": ["N", 3, size, size]}, ("y",), given, opset=17)
+    fast, portable = maps(model, RNG.standard_normal((2, 3, size, size)).astype(np.float32), method)
+    assert np.any(portable)
+    assert np.allclose(fast, portable, rtol=1e-4, atol=1e-5)
+
+
 def test_negative_maxima_beat_the_padding() -> None:
     pool = node("MaxPool", ["a"], ["b"], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
     identity = np.zeros((16, 16, 3, 3), np.float32)
