@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 __all__ = ["FOLDABLE", "SMALL", "Folding", "constant_value", "evaluate", "is_constant", "uniform_value"]
 
@@ -135,6 +134,8 @@ def _static_shape(node: ir.Node) -> np.ndarray[Any, Any] | None:
 
 def evaluate(node: onnx.NodeProto, opset: int, arrays: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
     """The outputs of one node of the standard domain; none where the reference evaluator cannot run it."""
+    from onnx.reference import ReferenceEvaluator  # 400 modules: only where something is computed
+
     # As a graph: given a node alone, the evaluator takes the newest version of its operator whatever the opset.
     graph = onnx.GraphProto(name="one_node", node=[node], output=[onnx.ValueInfoProto(name=n) for n in node.output])
     graph.input.extend(onnx.ValueInfoProto(name=name) for name in arrays)

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from onnxgbp.activations import ACTIVATIONS, Activation
 from onnxgbp.constants import constant_value, uniform_value
@@ -318,6 +317,8 @@ def _function(root: ir.Node, x: ir.Value, group: list[ir.Node]) -> Callable[[Arr
     model = onnx.helper.make_model(inner, opset_imports=opsets)
 
     def evaluate(points: Array) -> Array | None:
+        from onnx.reference import ReferenceEvaluator  # 400 modules: only where something is computed
+
         try:
             with np.errstate(all="ignore"):
                 outputs: Any = ReferenceEvaluator(model).run(None, {x.name or "": points})

@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 
 from onnxgbp.errors import OnnxgbpError
-from onnxgbp.float64 import evaluator
 from onnxgbp.installed import onnxruntime_module
 from onnxgbp.scale import fit, start
 
@@ -67,6 +66,8 @@ def _is_quantised(model: onnx.ModelProto | Path) -> bool:
 
 
 def reference(model: onnx.ModelProto) -> Run:
+    from onnxgbp.float64 import evaluator  # 400 modules: only where something is computed
+
     engine = evaluator(model)
     taken = {value.name for value in model.graph.input}
 
