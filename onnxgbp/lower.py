@@ -10,13 +10,14 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxgbp.blocked import keep_blocked
 from onnxgbp.branches import detach
-from onnxgbp.constants import is_constant
+from onnxgbp.constants import constant_value, is_constant
 from onnxgbp.conv_gradients import conv_grad_as_conv, conv_grad_portable, untied
-from onnxgbp.emit import PRIVATE, Emit
+from onnxgbp.emit import PRIVATE, Emit, dims_of
 from onnxgbp.gates import gate_before_pools
 from onnxgbp.phases import conv_grad_by_phases, keep_phases, lay_out
 from onnxgbp.pool_gradients import (
@@ -66,10 +67,38 @@ def lower(op: Emit, profile: str) -> None:
         keep_phases(op)
     replace_calls(op, {call: choices[profile] for call, choices in LOWERINGS.items()})
     if profile == "ort":
+        look_up_rows(op)
         keep_blocked(op)
     if profile == "portable":
         unroll_scans(op)
         untie_weights(op)
+
+
+def look_up_rows(op: Emit) -> None:
+    """Where one class of each sample is explained: its row of the last weight, not a product of all with 0 and 1."""
+    for node in list(op.graph):
+        if node.op_type != "MatMul" or node.meta.get("forward") or node.inputs[0] is None or node.inputs[1] is None:
+            continue
+        classes = _one_hot(node.inputs[0])
+        if classes is None or len(dims_of(node.inputs[1]) or dims_of(node.outputs[0]) or ()) != 2:
+            continue
+        op.scope = (node.name or "").rpartition("/")[0]
+        rows = op.typed(op.Gather(node.inputs[1], op.Squeeze(classes, axes=[1]), axis=0), node.outputs[0])
+        op.graph.insert_before(node, op.take())
+        node.outputs[0].replace_all_uses_with(rows, replace_graph_outputs=True)
+        op.graph.remove(node, safe=True)
+
+
+def _one_hot(seed: ir.Value) -> ir.Value | None:
+    """The classes [N, 1] whose columns are 1 in a seed [N, C], None where it was not made of classes."""
+    cast = seed.producer()
+    equal = cast.inputs[0].producer() if cast is not None and cast.op_type == "Cast" and cast.inputs[0] else None
+    if equal is None or equal.op_type != "Equal":
+        return None
+    counted, classes = constant_value(equal.inputs[0]), equal.inputs[1]
+    if counted is None or counted.ndim != 2 or not np.array_equal(counted, np.arange(counted.size)[np.newaxis]):
+        return None
+    return classes
 
 
 def untie_weights(op: Emit) -> None:

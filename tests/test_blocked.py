@@ -284,6 +284,30 @@ def test_an_image_behind_a_pool(kernel: int, pads: list[int], size: int, method:
     assert np.allclose(fast, portable, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["argmax", "input", "top2", "input2"])
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_the_row_of_a_class_is_looked_up(transposed: int, target: str) -> None:
+    """Whichever way the last weight lies; nothing multiplies all rows of it with a seed of 0 and 1."""
+    nodes = [
+        node("Conv", ["x", "w1"], ["a"], pads=[1] * 4),
+        node("Relu", ["a"], ["r"]),
+        node("GlobalAveragePool", ["r"], ["g"]),
+        node("Flatten", ["g"], ["f"]),
+        node("Gemm", ["f", "w"], ["y"], transB=transposed),
+    ]
+    given = {"w1": weight(16, 16, 3, 3), "w": weight(10, 16) if transposed else weight(16, 10)}
+    model = small_model(nodes, {"x": ["N", 16, 8, 8]}, ("y",), given, opset=17)
+    feeds: dict[str, Array] = {"x": photos(8)}
+    if target.startswith("input"):
+        feeds["target"] = np.array([3, -1]) if target == "input" else np.array([[3, 9], [0, 4]])
+    fast, portable = (onnxgbp.convert(model, target=target, profile=profile) for profile in ("ort", "portable"))
+    assert "MatMul" in {each.op_type for each in portable.graph.node}
+    assert "MatMul" not in {each.op_type for each in fast.graph.node}
+    maps = [ort_run(each, feeds)["attribution"] for each in (fast, portable)]
+    assert np.any(maps[0])
+    assert np.allclose(*maps, rtol=1e-5, atol=1e-7)
+
+
 def test_negative_maxima_beat_the_padding() -> None:
     pool = node("MaxPool", ["a"], ["b"], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
     identity = np.zeros((16, 16, 3, 3), np.float32)
