@@ -84,6 +84,15 @@ def load(source: ModelLike) -> Source:
     if proto.functions:
         with _meaning(f"{where}: its local functions cannot be inlined"):
             proto = onnx.inliner.inline_local_functions(proto, convert_version=True)
+        # The inliner leaves, without a word, what is written for other opsets than the model.
+        called = {(node.domain, node.op_type) for graph in external.graphs(proto.graph) for node in graph.node}
+        for function in proto.functions:
+            if (function.domain, function.name) in called:
+                raise OnnxgbpError(
+                    f"{where}: its local function '{function.domain}::{function.name}' cannot be inlined: it is "
+                    "written for other opsets than the model; inline it before, or export without functions"
+                )
+        del proto.functions[:]
     untrusted.check_inlined(proto, where)
     _check_nodes(proto, where, detached)
     if _opset(proto) < LOWEST_OPSET:

@@ -172,6 +172,19 @@ def _function(name: str, calls: Sequence[str], domain: str = "local") -> onnx.Fu
     return helper.make_function(domain, name, ["a"], ["b"], nodes, opsets)
 
 
+def _of_another_version() -> ModelProto:
+    """The inliner leaves the function where it is; its body reads a tensor that it does not have."""
+    output = helper.make_tensor_value_info("o", TensorProto.FLOAT, None)
+    branch = helper.make_graph([node("Relu", ["x"], ["o"])], "b", [], [output])
+    body = [node("If", ["a"], ["b"], then_branch=branch, else_branch=branch)]
+    function = helper.make_function(
+        "local", "F", ["a"], ["b"], body, [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
+    )
+    made = _calling([function], "F")
+    made.opset_import[-1].version = 11
+    return made
+
+
 def _calling(functions: Sequence[onnx.FunctionProto], first: str) -> ModelProto:
     return model([node(first, ["x"], ["y"], domain="local")], functions=functions)
 
@@ -503,6 +516,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     ).SerializeToString(),
     "functions 300 deep": lambda: laughs(300, 1).SerializeToString(),
     "functions 3,000 deep": lambda: laughs(3000, 1).SerializeToString(),
+    "function of another version of its domain": lambda: _of_another_version().SerializeToString(),
     "function twice": lambda: _calling([_function("F", ["Relu"]), _function("F", ["Neg"])], "F").SerializeToString(),
     "function that is missing": lambda: _calling([_function("F", ["Gone"])], "F").SerializeToString(),
     "Loop without end": lambda: _loop(None).SerializeToString(),
