@@ -58,10 +58,8 @@ def max_pool_by_comparison(op: Emit, node: ir.Node) -> ir.Value | None:
     if not node.meta.get("above_zero"):  # else dy is 0 where y is, and the 0 of a padding is no maximum
         padded = op.typed(_padded(op, x, y, geometry, op.like(_lowest(x), x)), x)
         if padded is not x:
-            offsets, sizes = (
-                [0, 0],
-                [max(size + at, geometry.span(i)) for i, (size, at) in enumerate(zip(sizes, begin, strict=True))],
-            )
+            offsets = [0, 0]
+            sizes = [max(size + at, geometry.span(i)) for i, (size, at) in enumerate(zip(sizes, begin, strict=True))]
             padded.shape = ir.Shape([(dims_of(x) or ())[0], channels, *sizes])
             x = padded
     below = depthwise(op, y, -1.0)
