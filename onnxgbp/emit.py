@@ -25,7 +25,8 @@ __all__ = ["LARGEST_TABLE", "PRIVATE", "Dims", "Emit", "Operand", "dims_of", "is
 PRIVATE = "onnxgbp.private"
 _CONSTANT = "onnxgbp/constant"
 _LONGEST_RANGE = 1 << 20  # a longer one is counted at run time, not stored
-LARGEST_TABLE = 1 << 24  # numbers of a constant that a gradient needs: 128 MB, several times while it is made
+# Numbers of the constants that gradients need, one or all of them: 128 MB, several times while they are made.
+LARGEST_TABLE = 1 << 24
 
 Operand: TypeAlias = "ir.Value | np.ndarray[Any, Any] | Sequence[int] | float | int | None"
 Dims: TypeAlias = "tuple[int | str | None, ...]"
@@ -93,6 +94,7 @@ class Emit:
         self.opset = graph.opset_imports[""]
         self.nodes: list[ir.Node] = []
         self.scope = "onnxgbp"
+        self._tables: dict[tuple[str, tuple[int, ...]], int] = {}
         self.sweep = 0  # which of several sweeps through one graph writes, see `differentiate`
         self._ir_version = int(graph.meta["ir_version"])
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
@@ -228,6 +230,14 @@ class Emit:
                 f"the gradient at '{self.scope.removeprefix('gradient/')}' takes a table of "
                 f"{' x '.join(map(str, shape))} numbers, more than {LARGEST_TABLE}: explain a tensor before that node "
                 "with --output, or attribute to one behind it with --wrt"
+            )
+        # Once for each place: of the sweeps of several classes all make the same.
+        self._tables[self.scope, shape] = math.prod(shape)
+        if sum(self._tables.values()) > LARGEST_TABLE:
+            raise OnnxgbpError(
+                f"the gradient takes tables of more than {LARGEST_TABLE} numbers in all, the last of them at "
+                f"'{self.scope.removeprefix('gradient/')}': explain a tensor before that node with --output, or "
+                "attribute to one behind it with --wrt"
             )
         return shape
 

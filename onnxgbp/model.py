@@ -93,6 +93,7 @@ def load(source: ModelLike) -> Source:
                     "written for other opsets than the model; inline it before, or export without functions"
                 )
         del proto.functions[:]
+        _check_proto(proto, where)  # the bodies in a function's nodes were not looked into before
     untrusted.check_inlined(proto, where)
     _check_nodes(proto, where, detached)
     if _opset(proto) < LOWEST_OPSET:

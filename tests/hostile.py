@@ -172,6 +172,18 @@ def _function(name: str, calls: Sequence[str], domain: str = "local") -> onnx.Fu
     return helper.make_function(domain, name, ["a"], ["b"], nodes, opsets)
 
 
+def _large_tables() -> ModelProto:
+    """Each just small enough."""
+    nodes, name = list[NodeProto](), "x"
+    for i in range(1, 9):
+        sizes = helper.make_tensor(f"s{i}", TensorProto.INT64, [4], [1, 1, 1, 4000 + i])
+        nodes += [node("Constant", [], [f"s{i}"], value=sizes)]
+        nodes += [node("Resize", [name, "", "", f"s{i}"], [f"r{i}"], mode="linear")]
+        name = f"r{i}"
+    nodes += [node("Flatten", [name], ["y"])]
+    return model(nodes, inputs={"x": [1, 1, 1, 4000]}, outputs={"y": [1, 4008]})
+
+
 def _of_another_version() -> ModelProto:
     """The inliner leaves the function where it is; its body reads a tensor that it does not have."""
     output = helper.make_tensor_value_info("o", TensorProto.FLOAT, None)
@@ -183,6 +195,15 @@ def _of_another_version() -> ModelProto:
     made = _calling([function], "F")
     made.opset_import[-1].version = 11
     return made
+
+
+def _reading_itself() -> ModelProto:
+    """In a body of a function's node, which onnx's checker does not look into."""
+    output = helper.make_tensor_value_info("o", TensorProto.FLOAT, None)
+    body = helper.make_graph([node("Relu", ["o"], ["o"])], "b", [], [output])
+    nodes = [node("If", ["a"], ["b"], then_branch=body, else_branch=body)]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
+    return _calling([helper.make_function("local", "F", ["a"], ["b"], nodes, opsets)], "F")
 
 
 def _calling(functions: Sequence[onnx.FunctionProto], first: str) -> ModelProto:
@@ -516,6 +537,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     ).SerializeToString(),
     "functions 300 deep": lambda: laughs(300, 1).SerializeToString(),
     "functions 3,000 deep": lambda: laughs(3000, 1).SerializeToString(),
+    "function whose body reads what it makes": lambda: _reading_itself().SerializeToString(),
+    "several large tables": lambda: _large_tables().SerializeToString(),
     "function of another version of its domain": lambda: _of_another_version().SerializeToString(),
     "function twice": lambda: _calling([_function("F", ["Relu"]), _function("F", ["Neg"])], "F").SerializeToString(),
     "function that is missing": lambda: _calling([_function("F", ["Gone"])], "F").SerializeToString(),

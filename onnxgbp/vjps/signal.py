@@ -31,6 +31,8 @@ def dft_x(op: Emit, s: Step) -> ir.Value:
         raise s.refuse("it transforms a free dim; export the model with a fixed length")
     inverse, half = bool(s.argument("inverse")), bool(s.argument("inverse") and s.argument("onesided"))
     length = int(s.argument("dft_length") or (bins if half else size))
+    if length < 1 or bins < 1:
+        raise s.refuse(f"its length is {length}, and it gives {bins} numbers")
     used = min(size, length // 2 + 1 if half else length)  # a longer signal is cut, a shorter one padded with zeros
     matrix = np.zeros(op.sized(bins, 2, size, parts))
     cos, sin = _waves(bins, used, length)
