@@ -39,7 +39,9 @@ def why_blank(converted: onnx.ModelProto, feeds: Arrays, sample: int = 0) -> str
     said = {entry.key.removeprefix(METADATA): entry.value for entry in converted.metadata_props}
     if any(_broken(array, sample) for array in (*feeds.values(), values.get(said["explained"], _NONE))):
         return f"numbers that are not finite: {_first_not_finite(converted, feeds, values, sample)}"
-    alive = {name: _row(array, sample).any() for name, array in {**feeds, **values}.items() if array.dtype.kind == "f"}
+    # What is no float is a class that is looked up, or its like: never blank.
+    alive = {name: array.dtype.kind != "f" or _row(array, sample).any() for name, array in {**feeds, **values}.items()}
+    made = {name: node for node in converted.graph.node for name in node.output}
     kinds = {row["node"]: row["kind"] for row in json.loads(said["audit"])}
     backward = [node for node in converted.graph.node if node.name.startswith(_SCOPE)]
     starts = {name for node in converted.graph.node if node.name.startswith("target/") for name in node.output}
@@ -55,13 +57,26 @@ def why_blank(converted: onnx.ModelProto, feeds: Arrays, sample: int = 0) -> str
             continue
         carriers.update(node.output)
         if any(alive[name] for name in arriving) and any(not alive.get(name, True) for name in node.output):
-            ends.setdefault(_forward_name(node), node.op_type)
-    explained = {name: label(node) for node in converted.graph.node for name in node.output}.get(said["explained"])
+            stopped = node.op_type
+            if stopped == "Relu" and _closed(made.get(node.input[0]), carriers, values, sample):
+                stopped = "Where"
+            ends.setdefault(_forward_name(node), stopped)
+    explained = label(made[said["explained"]]) if said["explained"] in made else None
     reasons = [_reason(name, operator, kinds.get(name), name == explained) for name, operator in ends.items()]
     more = f" and at {len(reasons) - _SHOWN} other nodes" if len(reasons) > _SHOWN else ""
     if not reasons:
         return f"a gradient arrives, and what {said['method']} makes of it is zero"
     return "; ".join(reasons[:_SHOWN]) + more
+
+
+def _closed(node: onnx.NodeProto | None, carriers: set[str], values: Arrays, sample: int) -> bool:
+    """Whether it was the gate that left nothing for a Relu: the gradient with the gate's large negative term added, as
+    `blocked.py` spells it, where that gradient is positive somewhere.
+    """
+    if node is None or node.op_type != "Add" or not node.name.startswith(_SCOPE):
+        return False
+    given = [name for name in node.input if name in carriers]
+    return len(given) == 1 and given[0] in values and bool((_row(values[given[0]], sample) > 0).any())
 
 
 def _reason(name: str, operator: str, kind: str | None, explained: bool) -> str:

@@ -58,6 +58,33 @@ def test_a_blank_map_says_why(model: onnx.ModelProto, options: dict[str, Any], w
     assert why in result.warning
 
 
+@pytest.mark.parametrize("method", ["guided", "gradient"])
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize(("sign", "why"), [(-1, "inactive wherever a gradient arrives"), (1, "negative")])
+def test_the_gates_of_convolutions_say_why(sign: int, why: str, pool: bool, method: str) -> None:
+    """However they are spelled, and on whichever side of a pool."""
+    if sign > 0 and method == "gradient":
+        pytest.skip("plain gradients pass where they are negative")
+    nodes = [
+        helper.make_node("Conv", ["x", "A"], ["h"], name="conv1"),
+        helper.make_node("Relu", ["h"], ["r"], name="hidden"),
+        helper.make_node("MaxPool", ["r"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Conv", ["p" if pool else "r", "B"], ["c"], name="conv2"),
+        helper.make_node("GlobalAveragePool", ["c"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["y"]),
+    ]
+    ones = f32(np.ones((16, 16, 1, 1)))
+    model = small_model(
+        [node for node in nodes if pool or node.op_type != "MaxPool"],
+        {"x": ["N", 16, 8, 8]},
+        constants={"A": sign * ones, "B": -sign * ones},
+        opset=17,
+    )
+    result = Explainer(model, method=method)(f32(np.ones((2, 16, 8, 8))))
+    assert not result.attribution.any()
+    assert f"'hidden' (Relu) is {why}" in result.warning, result.warning
+
+
 def test_only_the_blank_sample_is_looked_at() -> None:
     x = np.concatenate([ONES, -ONES])
     result = Explainer(network(), method="guided")(x)
