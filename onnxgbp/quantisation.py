@@ -177,6 +177,8 @@ def _parameter(step: Step, index: int) -> Array:
     if wide.size == 1:
         return wide.reshape(())
     axis = int(step.argument("axis"))
+    if not step.rank():
+        raise step.refuse(f"it has {wide.size} scales for a single number")
     return wide.reshape([-1] + [1] * (step.rank() - 1 - axis % step.rank()))
 
 

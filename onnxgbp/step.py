@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -96,7 +97,9 @@ class Step:
         argument = self.argument(name)
         if argument is None:
             return None
-        return [int(v) for v in argument] if hasattr(argument, "__iter__") else [int(argument)]
+        if np.ndim(argument) > 1:
+            raise self.refuse(f"its argument '{name}' is no list of numbers")
+        return [int(v) for v in np.ravel(argument)]
 
     def tensor(self, name: str) -> ir.Value | None:
         """An argument that this opset takes as an input; None where it is an attribute or absent."""

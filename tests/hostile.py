@@ -537,6 +537,10 @@ FILES: dict[str, Callable[[], bytes]] = {
     ).SerializeToString(),
     "functions 300 deep": lambda: laughs(300, 1).SerializeToString(),
     "functions 3,000 deep": lambda: laughs(3000, 1).SerializeToString(),
+    "axes in rows": lambda: _one("ReduceSum", "a", a=np.ones((2, 1), np.int64)).SerializeToString(),
+    "scales for a single number": lambda: _one(
+        "QuantizeLinear", "s", "z", x=(), s=np.ones(2, np.float32), z=np.zeros(2, np.uint8)
+    ).SerializeToString(),
     "function whose body reads what it makes": lambda: _reading_itself().SerializeToString(),
     "several large tables": lambda: _large_tables().SerializeToString(),
     "function of another version of its domain": lambda: _of_another_version().SerializeToString(),
