@@ -127,9 +127,7 @@ def by_blocks(
     """
     dims, pads, sizes = ints(dims_of(w) or ()), geometry.pads or [], ints(geometry.size)
     channels, total = _PIXELS * _PIXELS * dims[1], None
-    padded = op.Pad(
-        w, pads=[0] * 6 + [1, 1], constant_value=op.like(0, x)
-    )  # what lies outside of the kernel reads this
+    padded = op.Pad(w, pads=[0] * 6 + [1, 1], constant_value=op.like(0, x))  # taps outside of the kernel read the 0
     for place, dy in dys.items():
         weight, taps, begins, ends = padded, list[int](), list[int](), list[int]()
         for i, (kernel, stride) in enumerate(zip(geometry.kernel, strides, strict=True)):

@@ -42,10 +42,8 @@ def _gate_before(op: Emit, pool: ir.Node) -> None:
     if last is None or graph is None or (condition is None and not apart):
         op.take()
         return
-    own, op.scope = (
-        op.scope,
-        (last.name or "").rpartition("/")[0],
-    )  # the activation's, by which a blank map is explained
+    own = op.scope
+    op.scope = (last.name or "").rpartition("/")[0]  # the activation's, by which a blank map is explained
     if relu is not None and apart:
         dy = op.Relu(dy)
     if condition is not None:

@@ -115,14 +115,8 @@ def main(minutes: float) -> None:
 
 def _environ() -> dict[str, str]:
     """One thread each for numpy and onnx: address space is limited, and the machine may have other work."""
-    return (
-        {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        | {"OMP_NUM_THREADS": "1"}
-        | {
-            "OPENBLAS_NUM_THREADS": "1",
-            "PYTHONHASHSEED": "0",
-        }
-    )
+    ours = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | ours
 
 
 if __name__ == "__main__":
