@@ -36,7 +36,7 @@ __all__ = ["METADATA", "ModelLike", "Source", "load", "raised", "save", "to_prot
 ModelLike: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto"
 
 OLDEST_OPSET = 7  # broadcasting as numpy does it starts here
-_BFLOAT16_OPSET = 22  # the first whose convolutions and pools take it
+_POOLS_OPSET = 22  # the first whose convolutions and pools take bfloat16, and whose pools onnx sizes right
 LOWEST_OPSET = 9  # the first with Where, which every gate needs; older files are raised to it
 # Numbers that fill whole bytes: numpy reads them where they lie.
 _DETACHABLE = frozenset(
@@ -109,8 +109,9 @@ def load(source: ModelLike) -> Source:
             odd[output.name] = onnx.TypeProto.FromString(output.type.SerializeToString())
             output.ClearField("type")
     result = Source(_to_ir(proto, path, where, detached), digest, path, odd)
-    if _opset(proto) < _BFLOAT16_OPSET and _untyped_bfloat16(result.model.graph):
-        return raised(result, _BFLOAT16_OPSET)
+    graph = result.model.graph
+    if _opset(proto) < _POOLS_OPSET and (_untyped_bfloat16(graph) or _wrongly_sized(graph)):
+        return raised(result, _POOLS_OPSET)
     return result
 
 
@@ -122,6 +123,11 @@ def _untyped_bfloat16(graph: ir.Graph) -> bool:
         and any(value is not None and value.dtype is ir.DataType.BFLOAT16 for value in node.inputs)
         for node in graph
     )
+
+
+def _wrongly_sized(graph: ir.Graph) -> bool:
+    """Whether onnx gives a pool's output a wrong size: ONNX Runtime believes it, and refuses what a gradient adds."""
+    return any(node.meta.get("outer_windows") for node in graph)
 
 
 def to_proto(model: ir.Model, source: Source) -> onnx.ModelProto:

@@ -214,7 +214,7 @@ def _unpooled(entry: _Node, types: Types, known: dict[str, onnx.TensorProto]) ->
 
 
 def _drop_outer_windows(entry: _Node, types: Types) -> None:
-    """With ceil_mode onnx counts a last window that starts in the end padding; the standard and runtimes do not."""
+    """Before opset 22 onnx counts a last window that starts in the end padding; the standard and runtimes do not."""
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in entry.proto.attribute}
     if not attributes.get("ceil_mode") or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
         return
@@ -225,7 +225,9 @@ def _drop_outer_windows(entry: _Node, types: Types) -> None:
         for axis, dim in enumerate(types[name].tensor_type.shape.dim[2:] if name else []):
             size = x[axis + 2]
             if size.HasField("dim_value") and dim.HasField("dim_value"):
-                dim.dim_value -= (dim.dim_value - 1) * strides[axis] >= size.dim_value + begins[axis]
+                outer = (dim.dim_value - 1) * strides[axis] >= size.dim_value + begins[axis]
+                dim.dim_value -= outer
+                entry.node.meta["outer_windows"] = outer or entry.node.meta.get("outer_windows", False)
 
 
 def _compute(entry: _Node, types: Types, known: dict[str, onnx.TensorProto], folding: Folding) -> None:

@@ -123,6 +123,13 @@ BLOCKS |= {
         ],
         {},
     ),
+    "window in the padding": (  # which onnx counts and no runtime does
+        [
+            node("MaxPool", ["a"], ["p"], kernel_shape=[2, 2], strides=[2, 2], pads=[1] * 4, ceil_mode=1),
+            node("Relu", ["p"], ["b"]),
+        ],
+        {},
+    ),
     "pool of a pool": (
         [node("Relu", ["a"], ["r"]), node("MaxPool", ["r"], ["p"], **pool), node("MaxPool", ["p"], ["b"], **pool)],
         {},
