@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnxgbp.constants import constant_value, is_constant
 from onnxgbp.emit import Emit, dims_of, numel
 
-__all__ = ["BLOCK", "depthwise", "keep_blocked", "pick"]
+__all__ = ["BLOCK", "depthwise", "keep_blocked", "made_by_pad", "pick"]
 
 BLOCK = 16
 # min(1, max(0, 2^150 y)) is 1 for every y > 0 and 0 for y <= 0; no float32 holds the factor, two do.
@@ -168,7 +168,17 @@ def _entered(op: Emit, value: ir.Value, blocked: set[ir.Value]) -> ir.Value:
     """The same numbers in the blocked layout: a pool over one element moves them there."""
     if value in blocked:
         return value
+    if made_by_pad(value):
+        return depthwise(op, value, 1.0)
     return op.typed(op.MaxPool(value, kernel_shape=[1, 1]), value)
+
+
+def made_by_pad(value: ir.Value) -> bool:
+    """Whether a Pad makes it: ONNX Runtime takes that into the pool behind it, which refuses pads as large as it is."""
+    node = value.producer()
+    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:  # which it looks through
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type == "Pad"
 
 
 def _gate(op: Emit, node: ir.Node, blocked: set[ir.Value]) -> ir.Value | None:

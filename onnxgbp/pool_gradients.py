@@ -8,7 +8,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from onnxgbp.blocked import BLOCK, depthwise, pick
+from onnxgbp.blocked import BLOCK, depthwise, made_by_pad, pick
 from onnxgbp.conv_gradients import begin, ints, not_negative, operands, span, transposed
 from onnxgbp.emit import Emit, Operand, dims_of
 from onnxgbp.phases import interleaved
@@ -170,7 +170,7 @@ def average_pool_grad_blocked(op: Emit, node: ir.Node) -> ir.Value:
     elements, pads = math.prod(geometry.kernel), geometry.pads or []
     if counts != elements or set(geometry.dilations) != {1} or geometry.whole:
         return average_pool_grad(op, node)
-    if set(geometry.strides) == {1}:
+    if set(geometry.strides) == {1} and not made_by_pad(dy):
         rests = [k - 1 - pad for k, pad in zip(geometry.kernel * 2, pads, strict=True)]
         return op.AveragePool(dy, kernel_shape=geometry.kernel, pads=rests, count_include_pad=1)
     channels = (dims_of(x) or (0, 0))[1]

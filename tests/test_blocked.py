@@ -55,6 +55,7 @@ def photos(size: int = 13, batch: int = 2) -> Array:
 
 
 CLIP = {"zero": np.array(0, np.float32), "six": np.array(6, np.float32)}
+CROP = {name: np.array(ends, np.int64) for name, ends in (("from", [2, 0]), ("to", [9, -2]), ("axes", [2, 3]))}
 BLOCKS: dict[str, tuple[list[onnx.NodeProto], dict[str, Array]]] = {
     "relu": ([node("Relu", ["a"], ["b"])], {}),
     "relu6": ([node("Clip", ["a", "zero", "six"], ["b"])], CLIP),
@@ -122,6 +123,14 @@ BLOCKS |= {
             node("Add", ["p", "q"], ["b"]),
         ],
         {},
+    ),
+    "cropped": ([node("Relu", ["a"], ["r"]), node("Slice", ["r", "from", "to", "axes"], ["b"])], CROP),
+    "cropped average": (
+        [
+            node("AveragePool", ["a"], ["p"], kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1),
+            node("Slice", ["p", "from", "to", "axes"], ["b"]),
+        ],
+        CROP,
     ),
     "window in the padding": (  # which onnx counts and no runtime does
         [
