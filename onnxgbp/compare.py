@@ -22,7 +22,6 @@ __all__ = [
     "label_of",
     "median_error",
     "needed_tensors",
-    "opset_of",
     "rank_correlation",
     "relative_difference",
     "resolution",
@@ -215,10 +214,6 @@ def median_error(a: Array, b: Array) -> float:
     """The median of |a - b| / |b| over what is not nearly zero."""
     counted = np.abs(b) > 1e-3 * np.abs(b).max(initial=0.0)
     return float(np.median(np.abs(a - b)[counted] / np.abs(b)[counted])) if counted.any() else float(np.any(a))
-
-
-def opset_of(proto: onnx.ModelProto) -> int:
-    return next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
 def label_of(node: onnx.NodeProto) -> str:

@@ -17,7 +17,6 @@ from typing import TypeAlias
 import onnx
 import onnx.checker
 import onnx.inliner
-import onnx.version_converter
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
@@ -27,6 +26,7 @@ from onnxgbp.contrib import CONTRIB
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.files import write
 from onnxgbp.normalise import normalise
+from onnxgbp.opset import opset_of, raise_opset
 from onnxgbp.shapes import infer_shapes
 from onnxgbp.stream import Detached, attached, detach
 from onnxgbp.untrusted import METADATA
@@ -96,7 +96,7 @@ def load(source: ModelLike) -> Source:
         _check_proto(proto, where)  # the bodies in a function's nodes were not looked into before
     untrusted.check_inlined(proto, where)
     _check_nodes(proto, where, detached)
-    if _opset(proto) < LOWEST_OPSET:
+    if opset_of(proto) < LOWEST_OPSET:
         if any(node.op_type == "Scan" for graph in external.graphs(proto.graph) for node in graph.node):
             raise OnnxgbpError(
                 f"{where} has a Scan of opset 8, which onnx cannot raise without changing the inputs: export it "
@@ -110,7 +110,7 @@ def load(source: ModelLike) -> Source:
             output.ClearField("type")
     result = Source(_to_ir(proto, path, where, detached), digest, path, odd)
     graph = result.model.graph
-    if _opset(proto) < _POOLS_OPSET and (_untyped_bfloat16(graph) or _wrongly_sized(graph)):
+    if opset_of(proto) < _POOLS_OPSET and (_untyped_bfloat16(graph) or _wrongly_sized(graph)):
         return raised(result, _POOLS_OPSET)
     return result
 
@@ -149,11 +149,9 @@ def raised(source: Source, opset: int) -> Source:
 
 
 def _raise_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """The same model in a newer opset, by onnx's own converter."""
-    failed = f"opset {_opset(proto)} is too old for the gradient, export the model with {opset}: onnx cannot raise it"
+    failed = f"opset {opset_of(proto)} is too old for the gradient, export the model with {opset}: onnx cannot raise it"
     with _meaning(failed):
-        converted: onnx.ModelProto = onnx.version_converter.convert_version(proto, opset)
-    return converted
+        return raise_opset(proto, opset)
 
 
 @contextlib.contextmanager
@@ -204,7 +202,7 @@ def _parse(data: bytes, where: str) -> tuple[onnx.ModelProto, Detached]:
         names = [tensor.name for tensor in proto.graph.initializer]
         plain = {proto.graph.initializer[place].data_type for place in detached} <= _DETACHABLE
         apart = all(names) and len({*names}) == len(names)
-        if detached and (proto.functions or _opset(proto) < LOWEST_OPSET or not (plain and apart)):
+        if detached and (proto.functions or opset_of(proto) < LOWEST_OPSET or not (plain and apart)):
             return onnx.ModelProto.FromString(data), {}
     except DecodeError:
         # An ONNX file starts with field 1, ir_version, as a varint: a small number in practice.
@@ -221,13 +219,9 @@ def _check_file(proto: onnx.ModelProto, data: bytes, where: str) -> None:
         raise OnnxgbpError(f"{where} is not an ONNX file: it holds no graph")
 
 
-def _opset(proto: onnx.ModelProto) -> int:
-    return next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
-
-
 def _check_proto(proto: onnx.ModelProto, where: str) -> None:
     untrusted.check(proto, where)
-    opset, newest = _opset(proto), onnx.defs.onnx_opset_version()
+    opset, newest = opset_of(proto), onnx.defs.onnx_opset_version()
     if opset < OLDEST_OPSET:
         raise OnnxgbpError(f"{where} has opset {opset}, older than {OLDEST_OPSET}: export it again with a newer opset")
     if opset > newest:
@@ -292,7 +286,7 @@ def _check_nodes(proto: onnx.ModelProto, where: str, detached: Detached) -> None
         body = any(attribute.HasField("g") for attribute in node.attribute)
         schema = onnx.defs.has(node.op_type, node.domain) and not node.domain
         # ONNX Runtime's optimiser writes a LayerNormalization into files of an opset that has none.
-        early = node.op_type in CONTRIB and not onnx.defs.has(node.op_type, _opset(proto), node.domain)
+        early = node.op_type in CONTRIB and not onnx.defs.has(node.op_type, opset_of(proto), node.domain)
         if body or not schema or early:
             continue
         try:

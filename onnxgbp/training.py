@@ -23,11 +23,12 @@ import onnx
 import onnx_ir as ir
 
 from onnxgbp.activations import Activation
-from onnxgbp.compare import extract, opset_of
+from onnxgbp.compare import extract
 from onnxgbp.differentiate import pass_back
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.errors import OnnxgbpError, OpsetTooLowError
 from onnxgbp.installed import onnxruntime_distributions, onnxruntime_module
+from onnxgbp.opset import opset_of
 from onnxgbp.step import label
 
 __all__ = ["NAME", "differentiate_by_training", "native_gradient"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 from checking import Array, apart, check_vjp, ort_run, small_model
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, parser
 
 import onnxgbp
 
@@ -234,6 +234,20 @@ EVALUATOR_AT_FAULT = {
 }
 
 
+def assert_linear_right(model: ModelProto, x: Array, profile: str = "ort") -> None:
+    """The gradient of a linear y(x0) against a difference, both in ONNX Runtime."""
+    seed = np.random.default_rng(1).standard_normal(ort_run(model, {"x0": x})["y"].shape).astype(np.float32)
+    converted = onnxgbp.convert(model, method="gradient", target="seed", output="y", profile=profile)
+    assert converted.opset_import[0].version == model.opset_import[0].version
+    results = ort_run(converted, {"x0": x, "seed": seed})
+    v = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
+    above, below = (ort_run(model, {"x0": x + sign * v})["y"] for sign in (1, -1))
+    change = float((seed.astype(np.float64) * (above.astype(np.float64) - below)).sum() / 2)
+    product = results["attribution"].astype(np.float64) * v
+    assert np.any(product)
+    assert abs(product.sum() - change) <= 1e-5 * np.linalg.norm(product)  # float32
+
+
 @pytest.mark.parametrize("name", RESIZES)
 def test_resize(name: str) -> None:
     size, attributes, given = RESIZES[name]
@@ -243,16 +257,73 @@ def test_resize(name: str) -> None:
         figures = check_vjp(wide, feeds, output="y", wrt=["x0"], linear=True, profile=profile)
         # The matrix is made with scales and a roi of float32, as the node has them: rounding alone.
         assert all(figure.error <= 1e-9 for figure in figures), figures
-    single = {"x0": feeds["x0"].astype(np.float32)}
-    before = ort_run(narrow, single)
-    seed = np.random.default_rng(1).standard_normal(before["y"].shape).astype(np.float32)
-    converted = onnxgbp.convert(narrow, method="gradient", target="seed", output="y")
-    results = ort_run(converted, {**single, "seed": seed})
-    v = np.random.default_rng(2).standard_normal(size).astype(np.float32)
-    above, below = (ort_run(narrow, {"x0": single["x0"] + sign * v})["y"] for sign in (1, -1))
-    change = float((seed.astype(np.float64) * (above.astype(np.float64) - below)).sum() / 2)
-    product = results["attribution"].astype(np.float64) * v
-    assert abs(product.sum() - change) <= 1e-5 * np.linalg.norm(product)  # float32, of a linear function
+    assert_linear_right(narrow, feeds["x0"].astype(np.float32))
+
+
+# What resizes x0 [N, 2, H, W] to y, in the textual syntax of ONNX, with the opset.
+LEADING = "shape = Shape (x0)  two = Slice (shape, zero, second)"
+FREE = {
+    "to a fixed size": (
+        f'{LEADING}  sizes = Concat <axis=0> (two, to)  y = Resize <mode="linear"> (x0, , , sizes)',
+        13,
+    ),
+    "to a fixed size, with empty inputs": (
+        f'{LEADING}  sizes = Concat <axis=0> (two, to)  y = Resize <mode="cubic"> (x0, none, none, sizes)',
+        11,
+    ),
+    "aligned": (
+        f"{LEADING}  sizes = Concat <axis=0> (two, to)"
+        '  y = Resize <mode="linear", coordinate_transformation_mode="align_corners"> (x0, , , sizes)',
+        17,
+    ),
+    "antialiased": ('y = Resize <mode="linear", antialias=1, axes=[2, 3]> (x0, , , to)', 18),
+    "nearest, two axes": ('y = Resize <mode="nearest", nearest_mode="floor", axes=[3, 2]> (x0, , factors)', 18),
+    "to the size of another tensor": (
+        f"pool = AveragePool <kernel_shape=[2, 2], strides=[2, 2]> (x0)  {LEADING}  sizes = Shape (x0)"
+        "  y = Resize <mode='linear'> (pool, , , sizes)".replace("'", '"'),
+        13,
+    ),
+    "by scales": ('y = Resize <mode="linear"> (x0, , scales)', 13),
+    "by scales, opset 10": ('y = Resize <mode="linear"> (x0, scales)', 10),
+    "by scales, opset 9": ('y = Upsample <mode="linear"> (x0, scales)', 9),
+    "to less, opset 10": ("y = Resize (x0, less)", 10),
+    "by scales computed": (
+        "shape = Shape (x0)  wide = Cast <to=1> (shape)  goal = Mul (wide, scales)  ratio = Div (goal, wide)"
+        '  y = Resize <mode="linear"> (x0, , ratio)',
+        13,
+    ),
+}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("dims", [("N", 2, "H", "W"), ("N", 2, 6, 8), (2, 2, 6, 8)])
+@pytest.mark.parametrize("name", FREE)
+def test_resize_of_free_sizes(name: str, dims: tuple[int | str, ...], profile: str) -> None:
+    text, opset = FREE[name]
+    ints = {"zero": [0], "second": [2], "to": [4, 9]}
+    floats: dict[str, list[float]] = {"scales": [1, 1, 2, 1.5], "less": [1, 1, 0.7, 2], "factors": [0.5, 2], "none": []}
+    constants = {n: np.array(v, np.int64) for n, v in ints.items() if n in text}
+    constants |= {n: np.array(v, np.float32) for n, v in floats.items() if n in text}
+    whole = f'<ir_version: 4, opset_import: ["" : {opset}]> agraph (float[1] x0) => (float y) {{ {text} }}'
+    nodes = parser.parse_model(whole).graph.node
+    model = small_model(list(nodes), {"x0": list(dims)}, constants=constants, opset=opset)
+    assert_linear_right(model, values([2, 2, 6, 8])["x0"].astype(np.float32), profile)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "given", "why"),
+    [
+        ({**CROP, "mode": "linear"}, {"roi": [0, 0, 0.2, 0, 1, 1, 1, 1], "sizes": [1, 1, 2, 2]}, "it crops a free dim"),
+        (
+            {"mode": "linear", "keep_aspect_ratio_policy": "not_larger", "axes": [2, 3]},
+            {"sizes": [7, 8]},
+            "it keeps the aspect ratio of a free dim",
+        ),
+    ],
+)
+def test_resize_of_free_sizes_refused(attributes, given, why: str) -> None:
+    with pytest.raises(onnxgbp.OnnxgbpError, match=why):
+        onnxgbp.convert(resize((1, 1, "H", "W"), attributes, **given)[1], output="y", target="seed")
 
 
 @pytest.mark.parametrize(

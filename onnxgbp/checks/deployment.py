@@ -25,10 +25,11 @@ from onnx import numpy_helper
 
 from onnxgbp.checks.row import Check
 from onnxgbp.checks.subject import Subject
-from onnxgbp.compare import label_of, median_error, opset_of
+from onnxgbp.compare import label_of, median_error
 from onnxgbp.constants import constant_value
 from onnxgbp.emit import dims_of
 from onnxgbp.errors import OnnxgbpError
+from onnxgbp.opset import opset_of
 from onnxgbp.trial import Array, is_free
 
 __all__ = ["ONNXRUNTIME", "RUNTIMES", "Runtime", "parse_runtime", "stands_in_the_way"]

@@ -14,12 +14,12 @@ from onnxgbp.compare import (
     first_line,
     label_of,
     needed_tensors,
-    opset_of,
     relative_difference,
     resolution,
     structural_faults,
 )
 from onnxgbp.model import METADATA
+from onnxgbp.opset import opset_of
 
 __all__ = ["facts", "forward_unchanged", "source_file", "standard", "structure"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxgbp.constants import evaluate
+from onnxgbp.constants import constant_value, evaluate
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.step import Step
 from onnxgbp.vjps.entry import inputs
@@ -25,8 +25,8 @@ _POLICIES = {"not_larger": min, "not_smaller": max}
 def resize_x(op: Emit, s: Step) -> ir.Value:
     """Every mode of Resize is linear and works axis by axis: its gradient is each axis's matrix, transposed.
 
-    The matrix of an axis is what the node itself makes of the identity matrix along that axis. What a crop has beyond
-    the input is a constant, so that its rows are 0.
+    The matrix of an axis is what the node itself makes of the identity matrix along that axis: a constant, or made in
+    the graph where the sizes are free. What a crop has beyond the input is a constant, so that its rows are 0.
     """
     sizes, outs = dims_of(s.x), dims_of(s.y)
     if sizes is None or outs is None:
@@ -40,8 +40,10 @@ def resize_x(op: Emit, s: Step) -> ir.Value:
         scale = _scale(s, position)
         if region in (None, (0.0, 1.0)) and (scale == 1 if scale is not None else same):
             continue
-        if not isinstance(size, int) or not isinstance(out, int):
-            raise s.refuse("it changes a free dim; export the model with a fixed input size")
+        unknown = _scales_run(s) or _left_to_the_runtime(s, scale)
+        if unknown or not isinstance(size, int) or not isinstance(out, int):
+            dy = contract(op, dy, axis, len(sizes), _matrix_at_run(op, s, axis, position))
+            continue
         op.sized(size, max(size, out))
         if out > _LONGEST:
             raise s.refuse(f"it makes an axis of {out} entries, more than {_LONGEST}, which takes too long to compute")
@@ -60,6 +62,31 @@ def resize_x(op: Emit, s: Step) -> ir.Value:
             raise s.refuse("its matrix could not be computed for these sizes and attributes")
         dy = contract(op, dy, axis, len(sizes), op.like(matrix.T, s.x))
     return dy
+
+
+def _matrix_at_run(op: Emit, s: Step, axis: int, position: int) -> ir.Value:
+    """The matrix [out, size] of an axis, by the node's own operator: the last axis of [1, 1, size, size] resized."""
+    if s.argument("coordinate_transformation_mode") == "tf_crop_and_resize":
+        raise s.refuse("it crops a free dim; export the model with a fixed input size")
+    if s.argument("keep_aspect_ratio_policy") in _POLICIES:
+        raise s.refuse("it keeps the aspect ratio of a free dim; export the model with a fixed input size")
+    size = op.dim(s.x, axis)
+    zeros = op.Expand(op.constant(np.array(0, np.float32)), op.Concat(size, size, axis=0))
+    identity = op.cast_like(op.Unsqueeze(op.EyeLike(zeros), axes=[0, 1]), s.x)
+    arguments = {name: attribute.value for name, attribute in s.node.attributes.items() if name in _KEPT}
+    arguments |= {"roi": s.tensor("roi"), "scales": s.tensor("scales")}  # empty, but asked for by opsets 11 and 12
+    scale = _scale(s, position)
+    if scale is not None:
+        arguments["scales"] = np.array([1, 1, 1, scale], np.float32)
+    elif _scales_run(s):
+        same = op.constant(np.ones(3, np.float32))
+        arguments["scales"] = op.Concat(same, op.Gather(s.tensor("scales"), [position], axis=0), axis=0)
+    else:
+        arguments["sizes"] = op.Concat(op.int64([1, 1]), size, op.dim(s.y, axis), axis=0)
+    made = getattr(op, s.node.op_type)(
+        identity, **{name: value for name, value in arguments.items() if value is not None}
+    )
+    return op.Transpose(op.Squeeze(made, axes=[0, 1]), perm=[1, 0])
 
 
 def _refuse_disagreement(s: Step, axes: Sequence[int]) -> None:
@@ -82,8 +109,21 @@ def _refuse_disagreement(s: Step, axes: Sequence[int]) -> None:
 
 def _scale(s: Step, position: int) -> float | None:
     """By how much the node stretches an axis, where it says so, which is not always what the rounded sizes say."""
+    if _scales_run(s):
+        return None
     scales = s.argument("scales")
     return float(scales[position]) if scales is not None and len(scales) else None
+
+
+def _scales_run(s: Step) -> bool:
+    """Whether the scales are computed while the model runs."""
+    scales = s.tensor("scales")
+    return scales is not None and constant_value(scales) is None
+
+
+def _left_to_the_runtime(s: Step, scale: float | None) -> bool:
+    """Opset 10 does not say which entry is the nearest: ONNX Runtime takes the one above where an axis gets smaller."""
+    return s.since == 10 and s.argument("mode") == "nearest" and scale is not None and scale < 1
 
 
 def _region(s: Step, position: int, axes: int) -> tuple[float, float] | None:
@@ -98,8 +138,9 @@ def _region(s: Step, position: int, axes: int) -> tuple[float, float] | None:
 
 def _limit(s: Step, arrays: dict[str, np.ndarray[Any, Any]], axes: Sequence[int], position: int) -> None:
     """Where the aspect ratio is kept, one axis sets the scale of all: it comes along as a third axis."""
-    policy, wanted, dims = str(s.argument("keep_aspect_ratio_policy")), s.ints("sizes"), dims_of(s.x) or ()
-    if policy not in _POLICIES or wanted is None:
+    policy, dims = str(s.argument("keep_aspect_ratio_policy")), dims_of(s.x) or ()
+    wanted = s.ints("sizes") if policy in _POLICIES else None
+    if wanted is None:
         return
     sizes = [dim for dim in (dims[axis] for axis in axes) if isinstance(dim, int)]
     if len(sizes) != len(axes):
