@@ -139,13 +139,17 @@ def pass_back(
             "Activation", activation.x, activation.y, step.dy, *tensors, like=activation.x, activation=activation
         )
         yield activation.x, call
-        return
+        if active.isdisjoint(tensors):
+            return
+        # A bound that is computed from the explained input is no activation's x: its own gradient is the plain one.
+        if node.op_type != "Clip":
+            raise step.refuse("its slope depends on the explained input, for which there is no rule")
     entry = _entry(step)
     if entry.together is not None:
         yield from entry.together(op, step, active)
         return
     for index, value in enumerate(node.inputs):
-        if value is None or value not in active:
+        if value is None or value not in active or (node in found and value is found[node].x):
             continue
         dx = entry.vjp(op, step, index)
         if dx is not None:

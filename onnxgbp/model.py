@@ -283,11 +283,18 @@ def _check_nodes(proto: onnx.ModelProto, where: str, detached: Detached) -> None
     context.ir_version = proto.ir_version
     context.opset_imports = {entry.domain: entry.version for entry in proto.opset_import}
     for node in (node for graph in external.graphs(proto.graph) for node in graph.node):
-        body = any(attribute.HasField("g") for attribute in node.attribute)
+        bodies = [attribute.name for attribute in node.attribute if attribute.HasField("g")]
         schema = onnx.defs.has(node.op_type, node.domain) and not node.domain
         # ONNX Runtime's optimiser writes a LayerNormalization into files of an opset that has none.
         early = node.op_type in CONTRIB and not onnx.defs.has(node.op_type, opset_of(proto), node.domain)
-        if body or not schema or early:
+        if not schema or early:
+            continue
+        if bodies:  # which the checker cannot look into, not knowing the names from outside
+            known = onnx.defs.get_schema(node.op_type).attributes
+            if odd := [name for name in bodies if name not in known]:
+                raise OnnxgbpError(
+                    f"{where} is not a valid model: node '{_label(node)}': {node.op_type} has no sub-graph '{odd[0]}'"
+                )
             continue
         try:
             onnx.checker.check_node(node, context)

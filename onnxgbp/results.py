@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
@@ -117,6 +117,27 @@ def declare_as_source(graph: ir.Graph) -> None:
     for value in (*graph.initializers.values(), *(v for node in graph for v in node.outputs)):
         if value not in ends:
             value.type = value.shape = None
+    symbols = set[str]()
     for value in (*graph.inputs, *graph.outputs):
         if "declared" in value.meta:
-            value.type, value.shape = value.meta["declared"]
+            inferred, (value.type, value.shape) = value.shape, value.meta["declared"]
+            if value.is_graph_input():
+                symbols |= {dim for dim in dims_of(value) or () if isinstance(dim, str)}
+            else:
+                value.shape = _freed(value.shape, inferred, symbols)
+
+
+def _freed(declared: ir.Shape | None, inferred: ir.Shape | None, symbols: Collection[str]) -> ir.Shape | None:
+    """What a file says of an output, but for dims that are free: exporters say the size that they exported with.
+
+    ONNX Runtime believes that, and what reads such an output's shape then breaks at any other batch.
+    """
+    if declared is None or inferred is None or len(declared) != len(inferred):
+        return declared
+    dims: list[int | str | ir.SymbolicDim | None] = []
+    for said, known in zip(declared, inferred, strict=True):
+        if isinstance(said, int) and not isinstance(known, int):
+            dims.append(known.value if known.value in symbols else None)
+        else:
+            dims.append(said)
+    return ir.Shape(dims)

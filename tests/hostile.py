@@ -487,6 +487,11 @@ FILES: dict[str, Callable[[], bytes]] = {
     "Unsqueeze at 100 axes": lambda: _one("Unsqueeze", "a", a=np.arange(2, 102)).SerializeToString(),
     "Trilu at 2^62": lambda: _one("Trilu", "k", k=np.int64(1 << 62)).SerializeToString(),
     "CumSum at 2^62": lambda: _one("CumSum", "k", k=np.int64(1 << 62)).SerializeToString(),
+    "Pad by -2^63": lambda: _one("Pad", "p", p=ints(0, HUGE, -(1 << 63), HUGE), opset=17).SerializeToString(),
+    "Transpose by 2^40": lambda: _one("Transpose", perm=[HUGE]).SerializeToString(),
+    "Pad without pads, with a body": lambda: _one(
+        "Pad", body=helper.make_graph([], "body", [], []), opset=13
+    ).SerializeToString(),
     "DFT of 2^30": lambda: _one("DFT", "n", x=("N", 4, 1), n=np.int64(1 << 30), axis=1, opset=17).SerializeToString(),
     "DFT of 2^17": lambda: _one("DFT", "n", x=("N", 4, 1), n=np.int64(1 << 17), axis=1, opset=17).SerializeToString(),
     "LSTM of 2^40": lambda: between(

@@ -402,6 +402,17 @@ def test_habits_of_exporters(change: Any) -> None:
     assert np.allclose(got["attribution"], want["attribution"], rtol=1e-5, atol=1e-7)
 
 
+def test_an_output_that_says_the_exported_batch() -> None:
+    """Exporters say it where they lose the symbol; ONNX Runtime believes it, and the seed's shape with it."""
+    source = net()
+    assert source.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "N"
+    source.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 2
+    converted = onnxgbp.convert(source, target=1)
+    assert converted.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "N"
+    got, want = ort_run(converted, photos(3)), ort_run(onnxgbp.convert(net(), target=1), photos(3))
+    assert np.allclose(got["attribution"], want["attribution"], rtol=1e-5, atol=1e-7)
+
+
 def test_dims_of_unknown_size() -> None:
     source = net()
     for dim in source.graph.input[0].type.tensor_type.shape.dim:

@@ -45,7 +45,6 @@ FINE = {
         "Range by 0",
         "Range by NaN",
         "Pad 2^40",
-        "Pad -2^40",
         "Reshape 2^40",
         "OneHot 2^40",
         "Gather 2^40",

@@ -1,4 +1,4 @@
-"""Scatter with every reduction, Compress, Einsum, Resize and MaxUnpool in the forms that the wheel's cases lack."""
+"""Scatter, Compress, Einsum, Resize, Slice, Clip and MaxUnpool in the forms that the wheel's cases lack."""
 
 from __future__ import annotations
 
@@ -350,6 +350,66 @@ def test_resize_of_a_region_that_is_fed_is_refused() -> None:
     )
     with pytest.raises(onnxgbp.OnnxgbpError, match="argument 'roi' is computed while the model runs"):
         onnxgbp.convert(model, output="y", target="seed", wrt="x")
+
+
+# --- Slice ----------------------------------------------------------------------------------------
+
+# What cuts y out of x0 [N, H, 7], in the textual syntax of ONNX; last is [H - 1], and bound is [[H - 2], [6]].
+SLICES = {
+    "ends computed": "y = Slice (x0, zero, last, one)",
+    "starts computed": "start = Neg (last)  y = Slice (x0, start, far, one)",
+    "beyond both ends": (
+        "twice = Add (size, size)  start = Neg (twice)  end = Add (last, many)  y = Slice (x0, start, end, one)"
+    ),
+    "nothing": "start = Add (last, many)  part = Slice (x0, start, far, one)  y = Concat <axis=1> (part, x0)",
+    "several axes": "y = Slice (x0, starts, bound, axes)",
+    "steps": "y = Slice (x0, starts, bound, axes, steps)",
+    "backwards": "y = Slice (x0, last, zero, one, minus)",
+    "known numbers": "y = Slice (x0, one, minus, one)",
+    "int32": "a = Cast <to=6> (one)  b = Cast <to=6> (last)  y = Slice (x0, a, b, a)",
+}
+
+
+@pytest.mark.parametrize("dims", [("N", "H", 7), ("N", 6, 7)])
+@pytest.mark.parametrize("name", SLICES)
+def test_slice_of_computed_places(name: str, dims: tuple[int | str, ...]) -> None:
+    text = (
+        "shape = Shape (x0)  size = Gather (shape, one)  last = Sub (size, one)"
+        f"  before = Sub (last, one)  bound = Concat <axis=0> (before, six)  {SLICES[name]}"
+    )
+    numbers = {"zero": [0], "one": [1], "minus": [-1], "six": [6], "many": [99], "far": [2**62]}
+    numbers |= {"starts": [1, -6], "axes": [1, 2], "steps": [1, 2]}
+    used = {n: np.array(v) for n, v in numbers.items() if n in text}
+    whole = f'<ir_version: 8, opset_import: ["" : 17]> agraph (double[1] x0) => (double y) {{ {text} }}'
+    nodes = parser.parse_model(whole).graph.node
+    model = small_model(list(nodes), {"x0": list(dims)}, constants=used, dtype=DOUBLE)
+    assert_right(model, values([2, 6, 7]), linear=True)
+
+
+# --- Clip -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "low = ReduceMean <keepdims=0> (x0)  y = Clip (x0, low)",
+        "high = ReduceMean <keepdims=0> (x0)  y = Clip (x0, , high)",
+        "low = ReduceMean <keepdims=0> (x0)  high = Add (low, step)  y = Clip (x0, low, high)",
+        "high = ReduceMean <keepdims=0> (x0)  low = Add (high, step)  y = Clip (x0, low, high)",  # high wins
+    ],
+)
+def test_clip_to_bounds_of_the_input(text: str) -> None:
+    whole = f'<ir_version: 8, opset_import: ["" : 17]> agraph (double[1] x0) => (double y) {{ {text} }}'
+    nodes = parser.parse_model(whole).graph.node
+    used = {"step": np.array(0.7)} if "step" in text else {}
+    model = small_model(list(nodes), {"x0": ["N", 5]}, constants=used, dtype=DOUBLE)
+    assert_right(model, values([2, 5]), linear=False)
+
+
+def test_a_slope_of_the_input_is_refused() -> None:
+    nodes = [helper.make_node("Abs", ["x0"], ["slope"]), helper.make_node("PRelu", ["x0", "slope"], ["y"])]
+    with pytest.raises(onnxgbp.OnnxgbpError, match="its slope depends on the explained input"):
+        onnxgbp.convert(small_model(nodes, {"x0": [2, 3]}, dtype=TensorProto.FLOAT), output="y", target="seed")
 
 
 # --- MaxUnpool ------------------------------------------------------------------------------------

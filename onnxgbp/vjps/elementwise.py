@@ -81,6 +81,19 @@ def where_b(op: Emit, s: Step) -> ir.Value:
     return op.Where(s.input(0), op.like(0, s.dy), s.dy)
 
 
+def clip_low(op: Emit, s: Step) -> ir.Value:
+    """y = min(max(x, low), high): where low is the larger, and stays below high."""
+    taken = op.Greater(s.input(1), s.x)
+    if s.has(2):
+        taken = op.And(taken, op.Less(s.input(1), s.input(2)))
+    return op.Where(taken, s.dy, op.like(0, s.dy))
+
+
+def clip_high(op: Emit, s: Step) -> ir.Value:
+    beaten = op.Max(s.x, s.input(1)) if s.has(1) else s.x
+    return op.Where(op.Less(s.input(2), beaten), s.dy, op.like(0, s.dy))
+
+
 def _root(op: Emit, square: ir.Value) -> ir.Value:
     """1 / sqrt."""
     return op.Reciprocal(op.Sqrt(square))
@@ -100,7 +113,7 @@ VJPS = {
     "Where": broadcasting(None, where_a, where_b),
     "Neg": inputs(negated),
     "Identity": inputs(passes),
-    "Clip": inputs(passes),  # without a bound the identity; with one an activation
+    "Clip": broadcasting(passes, clip_low, clip_high),  # x: without a bound the identity; with one an activation
     "Dropout": inputs(dropout),
     "Cast": inputs(cast),
     "CastLike": Entry(lambda op, s, index: None if index else cast(op, s), rules=(cast,)),  # the second gives its type

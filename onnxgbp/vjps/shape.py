@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxgbp.broadcast import unbroadcast
+from onnxgbp.constants import constant_value
 from onnxgbp.emit import Emit, Operand, dims_of
 from onnxgbp.step import Step
 from onnxgbp.vjps.entry import inputs, variadic
@@ -23,6 +25,8 @@ def reshaped(op: Emit, s: Step) -> ir.Value:
 
 def transpose_x(op: Emit, s: Step) -> ir.Value:
     perm = s.ints("perm") or list(range(s.rank()))[::-1]
+    if sorted(perm) != list(range(len(perm))):
+        raise s.refuse(f"its perm {perm} is no order of axes")
     return op.Transpose(s.dy, perm=[perm.index(axis) for axis in range(len(perm))])
 
 
@@ -49,7 +53,10 @@ def split_x(op: Emit, s: Step) -> ir.Value:
 def pad_x(op: Emit, s: Step) -> ir.Value:
     """Constant padding is cut off; reflected, repeated and wrapped elements add to where they came from."""
     given = s.ints("pads")
-    assert given is not None  # the standard requires it
+    if given is None:
+        raise s.refuse("its pads are missing")
+    if min(given, default=0) < -_FAR:
+        raise s.refuse(f"it crops by {-min(given)}, more than any tensor has")
     rank, mode = s.rank(), str(s.argument("mode"))
     axes = [axis % rank for axis in s.ints("axes") or range(rank)]
     begins, ends = [0] * rank, [0] * rank
@@ -104,43 +111,64 @@ def _padded_places(op: Emit, s: Step, axis: int, begin: int, end: int, mode: str
 
 def slice_x(op: Emit, s: Step) -> ir.Value:
     """Dy goes back to where it was taken, with zeros elsewhere."""
-    starts, ends = s.ints("starts"), s.ints("ends")
-    axes = [axis % s.rank() for axis in s.ints("axes") or range(len(starts or ()))]
+    rank, dims = s.rank(), dims_of(s.x) or ()
+    starts, ends = _bounds(op, s, "starts"), _bounds(op, s, "ends")
+    axes = [axis % rank for axis in s.ints("axes") or range(len(starts))]
     steps = s.ints("steps") or [1] * len(axes)
-    dims = dims_of(s.x)
-    if dims is None or starts is None or ends is None:  # rank() has refused an unknown rank
-        raise s.refuse("starts or ends are missing")
-    begins, rests = [0] * s.rank(), [0] * s.rank()
+    begins: list[ir.Value | int] = [0] * rank
+    rests: list[ir.Value | int] = [0] * rank
     scattered = []
     for start, end, axis, stride in zip(starts, ends, axes, steps, strict=True):
         size = dims[axis]
-        if isinstance(size, int) and stride == 1:
+        if stride != 1:
+            scattered.append((axis, start, end, stride))
+        elif isinstance(size, int) and isinstance(start, int) and isinstance(end, int):
             first, last, _ = slice(start, end).indices(size)
             begins[axis], rests[axis] = first, size - max(first, last)
-        elif stride == 1 and start == 0 and end > _FAR:
-            pass  # the whole of a free dim
-        else:
-            scattered.append((axis, start, end, stride))
+        elif start != 0 or not isinstance(end, int) or end <= _FAR:  # else the whole of a free dim
+            if start != 0:  # counted, since it may be negative, or beyond the end
+                begins[axis] = op.Shape(op.Slice(_places(op, s, axis), starts=[0], ends=op.vector(start), axes=[0]))
+            taken = op.dim(s.y, axis) if start == 0 else op.Add(op.dim(s.y, axis), op.vector(begins[axis]))
+            rests[axis] = op.Sub(op.dim(s.x, axis), taken)
     dy = s.dy
-    if any(begins) or any(rests):
-        dy = op.Pad(dy, pads=begins + rests)
+    if any(pad != 0 for pad in begins + rests):
+        dy = op.Pad(dy, pads=op.vector(*begins, *rests))
     for axis, start, end, stride in scattered:
         dy = _scatter(op, s, dy, axis, start, end, stride)
     return dy
 
 
-def _scatter(op: Emit, s: Step, dy: ir.Value, axis: int, start: int, end: int, stride: int) -> ir.Value:
-    """One axis of a strided slice, or one of a free dim: contracts it with the 0/1 matrix of the elements taken."""
-    dims = dims_of(s.x)
-    size = dims[axis] if dims is not None else None
-    if stride == -1 and start in (-1, size) and end < -_FAR:  # the whole axis backwards: so is its gradient
-        return op.Slice(dy, starts=[-1], ends=[-_FAR - 1], axes=[axis], steps=[-1])
-    if isinstance(size, int):
-        stop = None if stride < 0 and end < -_FAR else end  # "before the first" is None in Python
-        taken: np.ndarray[Any, Any] | ir.Value = np.arange(op.sized(size)[0])[start:stop:stride]
-    else:
-        places = op.Reshape(op.positions(s.x, axis), [-1])
-        taken = op.Slice(places, starts=[start], ends=[end], axes=[0], steps=[stride])
+def _bounds(op: Emit, s: Step, name: str) -> Sequence[ir.Value | int]:
+    """The starts or the ends of a slice: numbers, or int64 tensors of shape [1] where they are computed."""
+    value = s.tensor(name)
+    dims = dims_of(value) if value is not None and constant_value(value) is None else None
+    if value is not None and dims and isinstance(dims[0], int):
+        each = [op.Gather(value, [i], axis=0) for i in range(dims[0])]
+        return each if value.dtype == ir.DataType.INT64 else [op.Cast(one, to=int(ir.DataType.INT64)) for one in each]
+    numbers = s.ints(name)
+    if numbers is None:
+        raise s.refuse(f"its {name} are missing")
+    return numbers
+
+
+def _places(op: Emit, s: Step, axis: int) -> ir.Value:
+    return op.Reshape(op.positions(s.x, axis), [-1])
+
+
+def _scatter(
+    op: Emit, s: Step, dy: ir.Value, axis: int, start: ir.Value | int, end: ir.Value | int, stride: int
+) -> ir.Value:
+    """One axis of a strided slice: contracts it with the 0/1 matrix of the elements taken."""
+    size = (dims_of(s.x) or ())[axis]
+    taken: np.ndarray[Any, Any] | ir.Value
+    if isinstance(start, int) and isinstance(end, int):
+        if stride == -1 and start in (-1, size) and end < -_FAR:  # the whole axis backwards: so is its gradient
+            return op.Slice(dy, starts=[-1], ends=[-_FAR - 1], axes=[axis], steps=[-1])
+        if isinstance(size, int):
+            stop = None if stride < 0 and end < -_FAR else end  # "before the first" is None in Python
+            taken = np.arange(op.sized(size)[0])[start:stop:stride]
+            return contract(op, dy, axis, s.rank(), copies(op, s, axis, taken))
+    taken = op.Slice(_places(op, s, axis), starts=op.vector(start), ends=op.vector(end), axes=[0], steps=[stride])
     return contract(op, dy, axis, s.rank(), copies(op, s, axis, taken))
 
 
