@@ -165,7 +165,9 @@ def _body(op: Emit, node: ir.Node) -> list[ir.Value | None]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Step(node).refuse(f"the standard's definition of it does not fit this node: {reason}") from None
-    _bind(function.node, {attribute.name: attribute for attribute in [*function.attribute_proto, *proto.attribute]})
+    defaults = {name: a.default_value for name, a in schema.attributes.items() if a.default_value.name}
+    own = {attribute.name: attribute for attribute in [*function.attribute_proto, *proto.attribute]}
+    _bind(function.node, defaults | own)
     names = {formal: op.name(f"{label(node)}/{formal}") for formal in function.input}
     _rename(function.node, names, lambda name: op.name(f"{label(node)}/{name}"))
     body = onnx.GraphProto(name="body", node=function.node)
@@ -225,6 +227,9 @@ def _type_proto(value: ir.Value) -> onnx.TypeProto:
         ir.serde.serialize_type_into(proto, value.type)
         if value.shape is not None:
             ir.serde.serialize_shape_into(proto, value.shape)
+        for dim in proto.tensor_type.shape.dim:  # exporters say -1 of a free dim; onnx ends the process on slicing that
+            if dim.dim_value < 0:
+                dim.Clear()
     return proto
 
 

@@ -7,6 +7,7 @@ the integers. The straight-through estimator takes the rounding for the identity
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -138,6 +139,8 @@ def _narrowed(integers: ir.Value, lowest: int, highest: int) -> tuple[int, int]:
     if len(users) != 1 or users[0].op_type != "Clip" or users[0].domain:
         return lowest, highest
     low, high = (Step(users[0]).argument(name) for name in ("min", "max"))
+    if any(bound is not None and not math.isfinite(bound) for bound in (low, high)):
+        return lowest, highest
     lowest = lowest if low is None else max(lowest, int(low))
     return lowest, highest if high is None else min(highest, int(high))
 

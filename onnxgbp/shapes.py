@@ -174,6 +174,10 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> tu
             )
         except Exception:  # noqa: BLE001, S112 - inference raises many kinds; the tensors behind the node are then not known
             continue
+        for made in outputs.values():  # of a kernel larger than its input; onnx ends the process when it slices those
+            for dim in made.tensor_type.shape.dim:
+                if dim.dim_value < 0:
+                    dim.Clear()
         types.update(outputs)
         if entry.proto.op_type == "Loop":
             types.update(loop_states(entry.proto, types, entry.opsets))

@@ -86,7 +86,7 @@ def between(
     )
     first, last = node("Relu", ["x"], ["r"], name="act"), node("Add", ["scores", "total"], ["y"], name="add")
     flat = [node("Flatten", ["x"], ["f"]), node("MatMul", ["f", "w"], ["scores"])]
-    width = math.prod(dim for dim in (x or ())[1:] if isinstance(dim, int))
+    width = math.prod(dim for dim in (x or ())[1:] if isinstance(dim, int) and dim > 0)
     weights = {"w": np.ones((width, 4), np.float32)} if width < 1 << 16 else {}
     return model([first, *nodes, *ends, *flat, last], {**weights, **constants}, inputs={"x": x}, opset=opset)
 
@@ -487,6 +487,30 @@ FILES: dict[str, Callable[[], bytes]] = {
     "Unsqueeze at 100 axes": lambda: _one("Unsqueeze", "a", a=np.arange(2, 102)).SerializeToString(),
     "Trilu at 2^62": lambda: _one("Trilu", "k", k=np.int64(1 << 62)).SerializeToString(),
     "CumSum at 2^62": lambda: _one("CumSum", "k", k=np.int64(1 << 62)).SerializeToString(),
+    "Slice of dim -1": lambda: between(
+        node("BiasGelu", ["r", "four"], ["g"], domain="com.microsoft"),
+        node("Slice", ["x", "from", "to", "axis"], ["s"]),
+        node("Add", ["g", "s"], ["m"]),
+        x=(2, -1),
+        four=np.ones(4, np.float32),
+        w=np.ones((4, 4), np.float32),
+        **{"from": ints(0), "to": ints(4), "axis": ints(1)},
+    ).SerializeToString(),
+    "Slice of what a kernel left of nothing": lambda: between(
+        node("MaxPool", ["r"], ["p"], kernel_shape=[9]),
+        node("Slice", ["p", "a", "b", "a"], ["m"]),
+        x=(1, 4, 5),
+        a=ints(2),
+        b=ints(3),
+    ).SerializeToString(),
+    "QuantizeLinear with a Clip to NaN": lambda: between(
+        node("QuantizeLinear", ["r", "scale", "zero"], ["q"]),
+        node("Clip", ["q", "low"], ["c"]),
+        node("DequantizeLinear", ["c", "scale", "zero"], ["m"]),
+        scale=np.array(0.1, np.float32),
+        zero=np.array(0, np.uint8),
+        low=np.array(np.nan, np.float32),
+    ).SerializeToString(),
     "Pad by -2^63": lambda: _one("Pad", "p", p=ints(0, HUGE, -(1 << 63), HUGE), opset=17).SerializeToString(),
     "Transpose by 2^40": lambda: _one("Transpose", perm=[HUGE]).SerializeToString(),
     "Pad without pads, with a body": lambda: _one(

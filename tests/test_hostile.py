@@ -49,6 +49,8 @@ FINE = {
         "OneHot 2^40",
         "Gather 2^40",
         "Slice 2^63",
+        "Slice of dim -1",
+        "Slice of what a kernel left of nothing",
     ),
     *("Conv of 2^20", "Conv with pads 2^40", "Conv with strides 2^62", "Conv with dilations 2^40", "MaxPool of 2^20"),
     *(
@@ -61,6 +63,8 @@ FINE = {
     ),
     *(
         "Slice 2^63",
+        "Slice of dim -1",
+        "Slice of what a kernel left of nothing",
         "CumSum at 2^62",
         "DFT of 2^17",
         "LSTM of 2^40",

@@ -13,7 +13,18 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from checking import Array, check_vjp, cosine, forward_error, optimised, ort_run, reference_run, to_float64, wheel_cases
+from checking import (
+    Array,
+    check_vjp,
+    cosine,
+    forward_error,
+    optimised,
+    ort_run,
+    reference_run,
+    small_model,
+    to_float64,
+    wheel_cases,
+)
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxgbp
@@ -445,3 +456,17 @@ def test_a_function_body_in_the_place_of_its_operator(name: str) -> None:
     floats = [key for key, array in feeds.items() if array.dtype.kind == "f"][:3]
     for figure in check_vjp(plain, feeds, output=output, wrt=floats, linear=False, directions=1):
         assert figure.error <= 2e-6, figure  # the bodies hold constants in float32
+
+
+@pytest.mark.parametrize("attributes", [{}, {"periodic": 0}])
+@pytest.mark.parametrize("window", ["HannWindow", "HammingWindow", "BlackmanWindow"])
+def test_the_window_of_a_signal_stays_as_it_is(window: str, attributes: dict[str, int]) -> None:
+    nodes = [helper.make_node(window, ["n"], ["w"], **attributes), helper.make_node("Mul", ["x", "w"], ["y"])]
+    model = small_model(nodes, {"x": ["N", 8]}, constants={"n": np.array(8)})
+    got = ort_run(
+        onnxgbp.convert(model, method="gradient", target="input"), {"x": values(2, 8), "target": np.array([3, 5])}
+    )
+    expected = np.zeros((2, 8), np.float32)
+    expected[[0, 1], [3, 5]] = (got["y"] / values(2, 8))[[0, 1], [3, 5]]
+    np.testing.assert_array_equal(got["y"], ort_run(model, {"x": values(2, 8)})["y"])
+    np.testing.assert_allclose(got["attribution"], expected, rtol=1e-5)

@@ -45,7 +45,8 @@ VJPS: dict[str, Entry] = {operator: entry for family in FAMILIES.values() for op
 
 # Piecewise constant, or not a function of the values at all: a gradient of zero is right, which differs from unknown.
 ZERO_GRADIENT = frozenset(
-    "And ArgMax ArgMin BitShift Ceil ConstantOfShape Equal EyeLike Floor Greater GreaterOrEqual Hardmax IsInf IsNaN "
-    "Less LessOrEqual NonMaxSuppression NonZero Not OneHot Or RandomNormalLike RandomUniformLike Round Shape "
-    "Sign Size Xor ai.onnx.ml::Binarizer ai.onnx.ml::LabelEncoder ai.onnx.ml::OneHotEncoder".split()
+    "And ArgMax ArgMin BitShift BlackmanWindow Ceil ConstantOfShape Equal EyeLike Floor Greater GreaterOrEqual "
+    "HammingWindow HannWindow Hardmax IsInf IsNaN Less LessOrEqual NonMaxSuppression NonZero Not OneHot Or "
+    "RandomNormalLike RandomUniformLike Round Shape Sign Size Xor ai.onnx.ml::Binarizer ai.onnx.ml::LabelEncoder "
+    "ai.onnx.ml::OneHotEncoder".split()
 )

@@ -128,8 +128,8 @@ def slice_x(op: Emit, s: Step) -> ir.Value:
         elif start != 0 or not isinstance(end, int) or end <= _FAR:  # else the whole of a free dim
             if start != 0:  # counted, since it may be negative, or beyond the end
                 begins[axis] = op.Shape(op.Slice(_places(op, s, axis), starts=[0], ends=op.vector(start), axes=[0]))
-            taken = op.dim(s.y, axis) if start == 0 else op.Add(op.dim(s.y, axis), op.vector(begins[axis]))
-            rests[axis] = op.Sub(op.dim(s.x, axis), taken)
+            taken = op.Gather(op.Shape(s.dy), [axis], axis=0)  # no size that a bound may cut is known before the run
+            rests[axis] = op.Sub(op.dim(s.x, axis), op.Add(taken, op.vector(begins[axis])) if start != 0 else taken)
     dy = s.dy
     if any(pad != 0 for pad in begins + rests):
         dy = op.Pad(dy, pads=op.vector(*begins, *rests))
