@@ -352,6 +352,43 @@ def test_resize_of_a_region_that_is_fed_is_refused() -> None:
         onnxgbp.convert(model, output="y", target="seed", wrt="x")
 
 
+# --- Conv with a weight that is computed ----------------------------------------------------------
+
+CONVS: dict[str, tuple[str, list[int], list[int], dict[str, object]]] = {
+    "plain": ("Conv", [2, 3, 7, 6], [4, 3, 3, 2], {}),
+    "strided": ("Conv", [2, 3, 8, 9], [4, 3, 3, 2], {"strides": [2, 3], "pads": [1, 0, 2, 1]}),
+    "dilated": ("Conv", [2, 3, 9, 9], [2, 3, 3, 2], {"dilations": [2, 3], "strides": [2, 1]}),
+    "grouped": ("Conv", [2, 6, 7, 6], [4, 3, 3, 3], {"group": 2, "pads": [1, 1, 1, 1]}),
+    "depthwise": ("Conv", [2, 4, 7, 6], [4, 1, 3, 3], {"group": 4, "strides": [2, 2]}),
+    "auto_pad": ("Conv", [2, 3, 7, 6], [4, 3, 3, 2], {"auto_pad": "SAME_UPPER", "strides": [2, 2]}),
+    "1-D": ("Conv", [2, 3, 9], [4, 3, 3], {"strides": [2]}),
+    "3-D": ("Conv", [1, 2, 5, 4, 5], [3, 2, 2, 2, 3], {"pads": [0, 1, 1, 1, 0, 0]}),
+    "transposed": ("ConvTranspose", [2, 3, 4, 5], [3, 4, 3, 2], {"strides": [2, 3], "pads": [1, 0, 0, 1]}),
+    "transposed in groups": (
+        "ConvTranspose",
+        [2, 4, 4, 5],
+        [4, 3, 3, 3],
+        {"group": 2, "strides": [2, 2], "output_padding": [1, 0], "dilations": [1, 2]},
+    ),
+}
+
+
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("name", CONVS)
+def test_conv_with_a_weight_that_is_computed(name: str, *, free: bool) -> None:
+    operator, size, kernel, attributes = CONVS[name]
+    outputs = kernel[1] * int(str(attributes.get("group", 1))) if operator == "ConvTranspose" else kernel[0]
+    node = helper.make_node(operator, ["x0", "x1", "x2"], ["y"], **attributes)
+    fixed = "auto_pad" in attributes or operator == "ConvTranspose"  # whose padding depends on the sizes
+    dims: list[int | str] = [
+        ("N" if free else size[0]),
+        size[1],
+        *(size[2:] if not free or fixed else "HWD"[: len(size) - 2]),
+    ]
+    model = small_model([node], {"x0": dims, "x1": kernel, "x2": [outputs]}, dtype=DOUBLE)
+    assert_right(model, values(size, kernel, [outputs]), linear=True)
+
+
 # --- Slice ----------------------------------------------------------------------------------------
 
 # What cuts y out of x0 [N, H, 7], in the textual syntax of ONNX; last is [H - 1], and bound is [[H - 2], [6]].

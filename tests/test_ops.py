@@ -66,7 +66,7 @@ def test_no_operator_stands_in_two_families() -> None:
 def test_rows() -> None:
     rows = {(row["family"], row["operator"]): row for row in operator_table()}
     conv = rows["linear", "Conv"]
-    assert conv["differentiated"] == ["X"]
+    assert conv["differentiated"] == ["X", "W", "B"]
     assert conv["opsets"].startswith("7-")
     assert conv["domain"] == "ai.onnx"
     assert rows["linear", "Gemm"]["differentiated"] == ["A", "B", "C"]

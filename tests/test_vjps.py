@@ -33,7 +33,6 @@ PROFILES = ("ort", "portable")
 # Operators with float inputs that carry no gradient: weights, statistics, bounds. Only these inputs are differentiated.
 DATA_INPUTS = {
     "BatchNormalization": (0,),
-    "Clip": (0,),
     "GRU": (0, 5),
     "GroupNormalization": (0,),
     "InstanceNormalization": (0,),
@@ -42,8 +41,6 @@ DATA_INPUTS = {
     "Resize": (0,),
     "RoiAlign": (0,),
     "Upsample": (0,),
-    "Conv": (0,),
-    "ConvTranspose": (0,),
     "DeformConv": (0, 2, 4),
     "Dropout": (0,),
     "PRelu": (0,),

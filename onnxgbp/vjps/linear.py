@@ -16,7 +16,7 @@ from onnxgbp.broadcast import unbroadcast
 from onnxgbp.emit import Emit, dims_of
 from onnxgbp.step import Step
 from onnxgbp.vjps.entry import inputs, variadic
-from onnxgbp.window import window
+from onnxgbp.window import Window, window
 
 __all__ = ["VJPS"]
 
@@ -49,6 +49,51 @@ def conv_transpose_x(op: Emit, s: Step) -> ir.Value:
         pads=pads,
         group=int(s.argument("group")),
     )
+
+
+def conv_w(op: Emit, s: Step) -> ir.Value:
+    return _conv_weight(op, s, s.x, s.dy, window(s, dims_of(s.input(1))))
+
+
+def conv_transpose_w(op: Emit, s: Step) -> ir.Value:
+    """Its weight is that of a Conv from y to x."""
+    return _conv_weight(op, s, s.dy, s.x, window(s, dims_of(s.input(1)), transposed=True))
+
+
+def conv_b(op: Emit, s: Step) -> ir.Value:
+    return op.ReduceSum(s.dy, axes=[0, *range(2, s.rank())], keepdims=0)
+
+
+def _conv_weight(op: Emit, s: Step, image: ir.Value, result: ir.Value, geometry: Window) -> ir.Value:
+    """dW[m, c, t] = sum over n and i of result[n, m, i] image[n, c, stride i + dilation t - pad].
+
+    A Conv whose channels are the samples, with strides and dilations exchanged. Only of a weight that is computed from
+    the explained input, as in dynamic convolutions.
+    """
+    dims, pads, group = dims_of(s.input(1)), geometry.pads, int(s.argument("group"))
+    channels = dims[1] if dims is not None else None
+    if pads is None or not isinstance(channels, int):
+        raise s.refuse("its weight is computed, and its sizes or its padding are not known; export it with fixed sizes")
+    spatial = list(range(2, s.rank()))
+    swap = [1, 0, *spatial]
+    if group > 1:  # [N, group channels, ...] as [channels, group N, ...]
+        sizes = [op.dim(image, axis) for axis in spatial]
+        split = op.Reshape(image, op.vector(0, group, channels, *sizes))
+        turned = op.Transpose(split, perm=[2, 1, 0, *(axis + 1 for axis in spatial)])
+        by_channel = op.Reshape(turned, op.vector(channels, -1, *sizes))
+    else:
+        by_channel = op.Transpose(image, perm=swap)
+    product = op.Conv(
+        by_channel,
+        op.Transpose(result, perm=swap),
+        strides=geometry.dilations,
+        dilations=geometry.strides,
+        pads=pads,
+        group=group,
+    )
+    # What no window of a stride reached is left over at the end.
+    kept = op.Slice(product, starts=[0] * len(spatial), ends=geometry.kernel, axes=spatial)
+    return op.Transpose(kept, perm=swap)
 
 
 def col2im_x(op: Emit, s: Step) -> ir.Value:
@@ -214,8 +259,8 @@ def det_x(op: Emit, s: Step) -> ir.Value:
 
 VJPS = {
     "Col2Im": inputs(col2im_x),
-    "Conv": inputs(conv_x),
-    "ConvTranspose": inputs(conv_transpose_x),
+    "Conv": inputs(conv_x, conv_w, conv_b),
+    "ConvTranspose": inputs(conv_transpose_x, conv_transpose_w, conv_b),
     "Det": inputs(det_x),
     "Einsum": variadic(einsum),
     "Gemm": inputs(gemm_a, gemm_b, gemm_c),
