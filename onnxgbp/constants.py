@@ -15,9 +15,9 @@ __all__ = ["FOLDABLE", "SMALL", "Folding", "constant_value", "evaluate", "is_con
 SMALL = 1 << 16  # elements: what tells a shape, a threshold or one number per channel is never larger
 _STEPS = 16  # that spread one number to a shape: exporters take two or three
 FOLDABLE = frozenset(
-    "Abs Add And Cast Ceil Concat ConstantOfShape Div Equal Expand Floor Gather Greater Identity Less Max "
-    "Min Mod Mul Neg Not Pow Range Reciprocal ReduceProd ReduceSum Reshape Shape Size Slice Sqrt Squeeze "
-    "Sub Transpose Unsqueeze Where".split()
+    "Abs Add And BlackmanWindow Cast Ceil Concat ConstantOfShape Div Equal Expand Floor Gather Greater HammingWindow "
+    "HannWindow Identity Less Max Min Mod Mul Neg Not Pow Range Reciprocal ReduceProd ReduceSum Reshape Shape Size "
+    "Slice Sqrt Squeeze Sub Transpose Unsqueeze Where".split()
 )
 
 

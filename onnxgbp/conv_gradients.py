@@ -22,7 +22,6 @@ __all__ = [
     "conv_grad_portable",
     "has_blocks",
     "ints",
-    "not_negative",
     "operands",
     "scaled",
     "span",
@@ -221,14 +220,9 @@ def begin(op: Emit, y: ir.Value, x: ir.Value, geometry: Window, axis: int) -> ir
     """The padding before the first element, as an int64 tensor of shape [1]."""
     if geometry.pads is not None:
         return op.int64([geometry.pads[axis]])
-    total = not_negative(op, op.Sub(span(op, y, geometry, axis), op.dim(x, axis + 2)))
+    total = op.not_negative(op.Sub(span(op, y, geometry, axis), op.dim(x, axis + 2)))
     half = op.Div(total, [2])
     return half if geometry.upper else op.Sub(total, half)
-
-
-def not_negative(op: Emit, number: ir.Value) -> ir.Value:
-    """Max with 0; Max itself takes no integers before opset 12."""
-    return op.Where(op.Less(number, op.int64(0)), op.int64([0]), number)
 
 
 def span(op: Emit, y: ir.Value, geometry: Window, axis: int) -> ir.Value:

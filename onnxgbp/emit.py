@@ -269,6 +269,10 @@ class Emit:
             return self.int64([part for part in parts if isinstance(part, int)])
         return self.Concat(*(self.int64([part]) if isinstance(part, int) else part for part in parts), axis=0)
 
+    def not_negative(self, number: ir.Value) -> ir.Value:
+        """Max with 0, of int64; Max itself takes no integers before opset 12."""
+        return self.Where(self.Less(number, self.int64(0)), self.int64([0]), number)
+
     def is_zero(self, value: ir.Value) -> ir.Value:
         """Elementwise x == 0; Equal takes no floats before opset 11."""
         return self.Not(self.Cast(value, to=int(ir.DataType.BOOL)))

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgbp.blocked import BLOCK, depthwise, made_by_pad, pick
-from onnxgbp.conv_gradients import begin, ints, not_negative, operands, span, transposed
+from onnxgbp.conv_gradients import begin, ints, operands, span, transposed
 from onnxgbp.emit import Emit, Operand, dims_of
 from onnxgbp.phases import interleaved
 from onnxgbp.window import Window
@@ -234,7 +234,7 @@ def _padded(
     else:
         first = [begin(op, y, sized, geometry, i) for i in range(rank)]
         last = [
-            not_negative(op, op.Sub(op.Sub(span(op, y, geometry, i), op.dim(sized, i + 2)), first[i]))
+            op.not_negative(op.Sub(op.Sub(span(op, y, geometry, i), op.dim(sized, i + 2)), first[i]))
             for i in range(rank)
         ]
         none = op.int64([0, 0])

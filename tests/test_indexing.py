@@ -423,6 +423,43 @@ def test_slice_of_computed_places(name: str, dims: tuple[int | str, ...]) -> Non
     assert_right(model, values([2, 6, 7]), linear=True)
 
 
+# --- Pad ------------------------------------------------------------------------------------------
+
+# What pads x0 [N, H, 7], in the textual syntax of ONNX; more is [2], less is [-2], where H is 6.
+PADS = {
+    "constant": "pads = Concat <axis=0> (zero, more, zero, zero, less, one)  y = Pad (x0, pads)",
+    "of one axis": "pads = Concat <axis=0> (more, one)  y = Pad (x0, pads, , one)",
+    "of two axes": "pads = Concat <axis=0> (more, less, one, zero)  y = Pad (x0, pads, , axes)",
+    "reflected": 'pads = Concat <axis=0> (zero, more, one, zero, one, more)  y = Pad <mode="reflect"> (x0, pads)',
+    "repeated": 'pads = Concat <axis=0> (one, more)  y = Pad <mode="edge"> (x0, pads, , one)',
+}
+
+
+@pytest.mark.parametrize("dims", [("N", "H", 7), ("N", 6, 7)])
+@pytest.mark.parametrize("name", PADS)
+def test_pad_by_what_is_computed(name: str, dims: tuple[int | str, ...]) -> None:
+    text = f"shape = Shape (x0)  size = Gather (shape, one)  more = Sub (size, four)  less = Neg (more)  {PADS[name]}"
+    numbers = {"zero": [0], "one": [1], "four": [4], "axes": [2, 1]}
+    used = {n: np.array(v) for n, v in numbers.items() if n in text}
+    whole = f'<ir_version: 8, opset_import: ["" : 19]> agraph (double[1] x0) => (double y) {{ {text} }}'
+    nodes = parser.parse_model(whole).graph.node
+    model = small_model(list(nodes), {"x0": list(dims)}, constants=used, opset=19, dtype=DOUBLE)
+    assert_right(model, values([2, 6, 7]), linear=True)
+
+
+@pytest.mark.parametrize("dims", [("N", "H", 7), (2, 6, 7)])
+def test_tile_by_what_is_computed(dims: tuple[int | str, ...]) -> None:
+    text = (
+        "shape = Shape (x0)  size = Gather (shape, one)  half = Div (size, two)"
+        "  repeats = Concat <axis=0> (two, half, one)  y = Tile (x0, repeats)"
+    )
+    whole = f'<ir_version: 8, opset_import: ["" : 17]> agraph (double[1] x0) => (double y) {{ {text} }}'
+    nodes = parser.parse_model(whole).graph.node
+    used = {"one": np.array([1]), "two": np.array([2])}
+    model = small_model(list(nodes), {"x0": list(dims)}, constants=used, dtype=DOUBLE)
+    assert_right(model, values([2, 6, 7]), linear=True)
+
+
 # --- Clip -----------------------------------------------------------------------------------------
 
 

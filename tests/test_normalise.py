@@ -470,3 +470,21 @@ def test_the_window_of_a_signal_stays_as_it_is(window: str, attributes: dict[str
     expected[[0, 1], [3, 5]] = (got["y"] / values(2, 8))[[0, 1], [3, 5]]
     np.testing.assert_array_equal(got["y"], ort_run(model, {"x": values(2, 8)})["y"])
     np.testing.assert_allclose(got["attribution"], expected, rtol=1e-5)
+
+
+def test_a_spectrum_with_a_computed_window() -> None:
+    nodes = [
+        helper.make_node("HannWindow", ["n"], ["w"]),
+        helper.make_node("STFT", ["x", "step", "w", "n"], ["s"], onesided=1),
+        helper.make_node("ReduceSumSquare", ["s"], ["y"], axes=[1, 2], keepdims=0),
+    ]
+    model = small_model(nodes, {"x": [2, 32, 1]}, constants={"n": np.array(8), "step": np.array(4)})
+    x, target = values(2, 32, 1), np.array([0, 1])
+    got = ort_run(onnxgbp.convert(model, method="gradient", target="input"), {"x": x, "target": target})
+    v = values(2, 32, 1, scale=1e-2)
+    above, below = (ort_run(model, {"x": x + sign * v})["y"][[0, 1], target].sum() for sign in (1, -1))
+    assert (got["attribution"] * v).sum() == pytest.approx((above - below) / 2, rel=1e-4)
+    del nodes[1].attribute[:]
+    unsaid = small_model(nodes, {"x": [2, 32, 1]}, constants={"n": np.array(8), "step": np.array(4)})
+    with pytest.raises(onnxgbp.OnnxgbpError, match="does not say whether it is onesided"):
+        onnxgbp.convert(unsaid, target="input")

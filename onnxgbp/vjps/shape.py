@@ -52,6 +52,9 @@ def split_x(op: Emit, s: Step) -> ir.Value:
 
 def pad_x(op: Emit, s: Step) -> ir.Value:
     """Constant padding is cut off; reflected, repeated and wrapped elements add to where they came from."""
+    value = s.tensor("pads")
+    if value is not None and constant_value(value) is None:
+        return _pad_by(op, s, value)
     given = s.ints("pads")
     if given is None:
         raise s.refuse("its pads are missing")
@@ -83,6 +86,23 @@ def pad_x(op: Emit, s: Step) -> ir.Value:
     return dy
 
 
+def _pad_by(op: Emit, s: Step, pads: ir.Value) -> ir.Value:
+    """The same by pads that are computed while the model runs, which may crop as well: all begins, then all ends."""
+    axes = [axis % s.rank() for axis in s.ints("axes") or range(s.rank())]
+    count, mode, dy = len(axes), str(s.argument("mode")), s.dy
+    if pads.dtype != ir.DataType.INT64:
+        pads = op.Cast(pads, to=int(ir.DataType.INT64))
+    if mode != "constant":
+        for position, axis in enumerate(axes):
+            begin, end = (op.Gather(pads, [at], axis=0) for at in (position, position + count))
+            dy = contract(op, dy, axis, s.rank(), copies(op, s, axis, _padded_places(op, s, axis, begin, end, mode)))
+        return dy
+    given = axes if count < s.rank() or axes != sorted(axes) else None
+    uncropped = op.Pad(dy, pads=op.not_negative(op.Neg(pads)), axes=given)
+    starts = op.not_negative(op.Slice(pads, starts=[0], ends=[count], axes=[0]))
+    return op.Slice(uncropped, starts=starts, ends=op.Add(starts, op.Gather(op.Shape(s.x), axes, axis=0)), axes=axes)
+
+
 def contract(op: Emit, dy: ir.Value, axis: int, rank: int, matrix: ir.Value) -> ir.Value:
     """Multiplies one axis of dy, [out], by a matrix [out, size] that tells of which entry each was made."""
     order = [i for i in range(rank) if i != axis] + [axis]
@@ -100,19 +120,21 @@ def copies(op: Emit, s: Step, axis: int, copied: np.ndarray[Any, Any] | ir.Value
     return op.cast_like(op.Equal(op.Reshape(copied, [-1, 1]), places), s.x)
 
 
-def _padded_places(op: Emit, s: Step, axis: int, begin: int, end: int, mode: str) -> np.ndarray[Any, Any] | ir.Value:
+def _padded_places(
+    op: Emit, s: Step, axis: int, begin: ir.Value | int, end: ir.Value | int, mode: str
+) -> np.ndarray[Any, Any] | ir.Value:
     """From where each entry of a reflected, repeated or wrapped axis was copied."""
     size = (dims_of(s.x) or ())[axis]
-    if isinstance(size, int):
+    if isinstance(size, int) and isinstance(begin, int) and isinstance(end, int):
         numpy_modes: dict[str, Any] = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
         return np.pad(np.arange(op.sized(size)[0]), (begin, end), mode=numpy_modes[mode])
-    return op.Pad(op.Reshape(op.positions(s.x, axis), [-1]), pads=[begin, end], mode=mode)
+    return op.Pad(_places(op, s, axis), pads=op.vector(begin, end), mode=mode)
 
 
 def slice_x(op: Emit, s: Step) -> ir.Value:
     """Dy goes back to where it was taken, with zeros elsewhere."""
     rank, dims = s.rank(), dims_of(s.x) or ()
-    starts, ends = _bounds(op, s, "starts"), _bounds(op, s, "ends")
+    starts, ends = _numbers(op, s, "starts"), _numbers(op, s, "ends")
     axes = [axis % rank for axis in s.ints("axes") or range(len(starts))]
     steps = s.ints("steps") or [1] * len(axes)
     begins: list[ir.Value | int] = [0] * rank
@@ -138,8 +160,8 @@ def slice_x(op: Emit, s: Step) -> ir.Value:
     return dy
 
 
-def _bounds(op: Emit, s: Step, name: str) -> Sequence[ir.Value | int]:
-    """The starts or the ends of a slice: numbers, or int64 tensors of shape [1] where they are computed."""
+def _numbers(op: Emit, s: Step, name: str) -> Sequence[ir.Value | int]:
+    """An argument of integers: numbers, or int64 tensors of shape [1] where they are computed while the model runs."""
     value = s.tensor(name)
     dims = dims_of(value) if value is not None and constant_value(value) is None else None
     if value is not None and dims and isinstance(dims[0], int):
@@ -178,9 +200,7 @@ def expand_x(op: Emit, s: Step) -> ir.Value:
 
 def tile_x(op: Emit, s: Step) -> ir.Value:
     """Each repeated axis becomes two, of which the first is summed."""
-    repeats = s.ints("repeats")
-    if repeats is None:
-        raise s.refuse("its repeats are missing")
+    repeats = _numbers(op, s, "repeats")
     parts: list[ir.Value | int] = []
     summed = []
     dims = dims_of(s.x) or ()

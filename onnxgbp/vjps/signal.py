@@ -55,6 +55,8 @@ def dft_x(op: Emit, s: Step) -> ir.Value:
 
 def stft_x(op: Emit, s: Step) -> ir.Value:
     """Each frame's transform is a convolution with windowed waves, so the gradient is that convolution's transpose."""
+    if "onesided" not in s.node.attributes:  # ONNX Runtime then computes one side and believes in two
+        raise s.refuse("it does not say whether it is onesided, which onnx and runtimes read in different ways: say it")
     hop, window = s.argument("frame_step"), s.argument("window")
     outs, sizes = dims_of(s.y), dims_of(s.x)
     length = s.argument("frame_length")
