@@ -50,6 +50,7 @@ FINE = {
         "Gather 2^40",
         "Slice 2^63",
         "Slice of dim -1",
+        "Resize by 1e30",
         "Slice of what a kernel left of nothing",
     ),
     *("Conv of 2^20", "Conv with pads 2^40", "Conv with strides 2^62", "Conv with dilations 2^40", "MaxPool of 2^20"),
@@ -64,6 +65,7 @@ FINE = {
     *(
         "Slice 2^63",
         "Slice of dim -1",
+        "Resize by 1e30",
         "Slice of what a kernel left of nothing",
         "CumSum at 2^62",
         "DFT of 2^17",
