@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from onnxgbp.vjps.shape import contract
 __all__ = ["VJPS"]
 
 _KEPT = {"mode", "coordinate_transformation_mode", "cubic_coeff_a", "exclude_outside", "nearest_mode", "antialias"}
+_ROWS = 256
 _LONGEST = 1 << 16  # the evaluator, which computes the matrix, goes by single entries
 _POLICIES = {"not_larger": min, "not_smaller": max}
 
@@ -47,7 +48,7 @@ def resize_x(op: Emit, s: Step) -> ir.Value:
         op.sized(size, max(size, out))
         if out > _LONGEST:
             raise s.refuse(f"it makes an axis of {out} entries, more than {_LONGEST}, which takes too long to compute")
-        arrays = {"x": np.eye(size)}
+        arrays = dict[str, np.ndarray[Any, Any]]()
         if region is not None:
             # One entry is read in the middle: said so, since the evaluator takes a length of 0.999... for more.
             start, end = region if out > 1 else (sum(region) / 2,) * 2
@@ -56,9 +57,8 @@ def resize_x(op: Emit, s: Step) -> ir.Value:
             arrays["scales"] = np.array([1, scale], np.float32)
         else:
             arrays["sizes"] = np.array([size, out])
-            _limit(s, arrays, axes, position)
-        matrix = _resized(s, arrays)
-        if matrix is None or matrix.shape != (size, out):
+        matrix = _matrix(s, size, arrays, _limit(s, arrays, axes, position))
+        if matrix.shape != (size, out):
             raise s.refuse("its matrix could not be computed for these sizes and attributes")
         dy = contract(op, dy, axis, len(sizes), op.like(matrix.T, s.x))
     return dy
@@ -136,18 +136,37 @@ def _region(s: Step, position: int, axes: int) -> tuple[float, float] | None:
     return float(roi[position]), float(roi[axes + position])
 
 
-def _limit(s: Step, arrays: dict[str, np.ndarray[Any, Any]], axes: Sequence[int], position: int) -> None:
-    """Where the aspect ratio is kept, one axis sets the scale of all: it comes along as a third axis."""
+def _limit(s: Step, arrays: dict[str, np.ndarray[Any, Any]], axes: Sequence[int], position: int) -> int:
+    """Where the aspect ratio is kept, one axis sets the scale of all: it comes along as a third axis, of this size."""
     policy, dims = str(s.argument("keep_aspect_ratio_policy")), dims_of(s.x) or ()
     wanted = s.ints("sizes") if policy in _POLICIES else None
     if wanted is None:
-        return
+        return 0
     sizes = [dim for dim in (dims[axis] for axis in axes) if isinstance(dim, int)]
     if len(sizes) != len(axes):
         raise s.refuse("it keeps the aspect ratio of a free dim; export the model with a fixed input size")
     first = _POLICIES[policy](range(len(axes)), key=lambda i: wanted[i] / sizes[i])
-    arrays["x"] = np.repeat(arrays["x"][:, :, None], sizes[first], axis=2)
     arrays["sizes"] = np.array([wanted[position], wanted[first]])
+    return sizes[first]
+
+
+def _matrix(s: Step, size: int, arrays: Mapping[str, np.ndarray[Any, Any]], third: int) -> np.ndarray[Any, Any]:
+    """What the node makes of the rows of the identity, a few at a time: the evaluator takes several times as much.
+
+    Returns:
+        Of shape [size, out], or another where the evaluator fails.
+    """
+    parts = []
+    for row in range(0, size, _ROWS):
+        x = np.eye(min(_ROWS, size - row), size, row)
+        given = {**arrays, "x": np.repeat(x[:, :, None], third, axis=2) if third else x}
+        if "sizes" in arrays and not third:
+            given["sizes"] = np.array([len(x), arrays["sizes"][1]])
+        part = _resized(s, given)
+        if part is None:
+            break
+        parts.append(part)
+    return np.concatenate(parts) if parts else np.zeros(0)
 
 
 def _resized(s: Step, arrays: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any] | None:
