@@ -511,6 +511,12 @@ FILES: dict[str, Callable[[], bytes]] = {
         zero=np.array(0, np.uint8),
         low=np.array(np.nan, np.float32),
     ).SerializeToString(),
+    "Conv with a computed weight of one axis": lambda: between(
+        node("Flatten", ["r"], ["row"], axis=0),
+        node("Squeeze", ["row"], ["v"]),
+        node("Conv", ["r", "v"], ["m"], kernel_shape=[3]),
+        x=(1, 2, 8),
+    ).SerializeToString(),
     "Pad by -2^63": lambda: _one("Pad", "p", p=ints(0, HUGE, -(1 << 63), HUGE), opset=17).SerializeToString(),
     "Transpose by 2^40": lambda: _one("Transpose", perm=[HUGE]).SerializeToString(),
     "Pad without pads, with a body": lambda: _one(

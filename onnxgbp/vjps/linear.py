@@ -23,6 +23,12 @@ __all__ = ["VJPS"]
 
 def conv_x(op: Emit, s: Step) -> ir.Value:
     """The transpose of the convolution, cut to the size of x."""
+    w, group = s.input(1), _groups(s)
+    return op.private("ConvGrad", s.dy, w, s.x, like=s.x, window=window(s, dims_of(w)), group=group)
+
+
+def _groups(s: Step) -> int:
+    """The groups of a convolution, whose weight fits its input."""
     w = s.input(1)
     if dims_of(w) is not None and s.rank(w) != s.rank():
         raise s.refuse(f"its weight '{w.name}' has {s.rank(w)} axes and its input {s.rank()}; the model is not valid")
@@ -31,12 +37,12 @@ def conv_x(op: Emit, s: Step) -> ir.Value:
         raise s.refuse(
             f"its {outputs or 'unknown'} outputs cannot be split into {group} groups; the model is not valid"
         )
-    return op.private("ConvGrad", s.dy, w, s.x, like=s.x, window=window(s, dims_of(w)), group=group)
+    return group
 
 
 def conv_transpose_x(op: Emit, s: Step) -> ir.Value:
     """ConvTranspose is the transpose of a Conv, so its gradient is that Conv."""
-    w = s.input(1)
+    w, group = s.input(1), _groups(s)
     geometry = window(s, dims_of(w), transposed=True)
     pads = geometry.pads
     if pads is None:
@@ -47,7 +53,7 @@ def conv_transpose_x(op: Emit, s: Step) -> ir.Value:
         strides=geometry.strides,
         dilations=geometry.dilations,
         pads=pads,
-        group=int(s.argument("group")),
+        group=group,
     )
 
 
@@ -70,7 +76,7 @@ def _conv_weight(op: Emit, s: Step, image: ir.Value, result: ir.Value, geometry:
     A Conv whose channels are the samples, with strides and dilations exchanged. Only of a weight that is computed from
     the explained input, as in dynamic convolutions.
     """
-    dims, pads, group = dims_of(s.input(1)), geometry.pads, int(s.argument("group"))
+    dims, pads, group = dims_of(s.input(1)), geometry.pads, _groups(s)
     channels = dims[1] if dims is not None else None
     if pads is None or not isinstance(channels, int):
         raise s.refuse("its weight is computed, and its sizes or its padding are not known; export it with fixed sizes")
