@@ -26,7 +26,7 @@ import onnxgbp
 from onnxgbp.errors import printable
 
 MEMORY = 4 << 30  # bytes of address space; the interpreter, onnx and onnxruntime take one GiB of it
-MEGABYTES = 800  # resident, a few times the tables that a gradient needs (`emit.LARGEST_TABLE`, 128 MB)
+MEGABYTES = 400  # resident: a few times the tables that a gradient needs (`emit.LARGEST_TABLE`, 128 MB)
 SECONDS = 60.0
 
 # What is only odd is converted: nothing that such a file asks for is done before it runs.
