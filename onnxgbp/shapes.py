@@ -8,8 +8,9 @@ of sizes. So shapes that are computed from `Shape` nodes, as exporters write the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -47,13 +48,13 @@ def infer_shapes(model: ir.Model) -> None:
     nodes = [_Node(node) for node in graph]
     made = [value for node in graph for value in node.outputs if value.name]
     runs = []
-    for probes in _PROBES if free else _PROBES[:1]:
-        runs.append(_Run(graph, nodes, free, probes))
+    for probes, cut in itertools.product(_PROBES, (1, 0)) if free else [(_PROBES[0], 0)]:
+        runs.append(_Run(graph, nodes, free, probes, cut))
         if not runs[-1].gaps(made):
             break
     best = min(runs, key=lambda run: run.gaps(made))
     # Where neither sizes nor others can be taken, symbols still tell ranks.
-    symbolic = _propagate(graph, nodes, {})[0] if best.gaps(made) and free else {}
+    symbolic = _propagate(graph, nodes, {}, 0)[0] if best.gaps(made) and free else {}
     for value in made:
         name = value.name or ""
         a, b = (types.get(name) for types in best.types)
@@ -72,11 +73,16 @@ def infer_shapes(model: ir.Model) -> None:
 
 
 class _Run:
-    """The types and the known small tensors under two choices of sizes for the free dims."""
+    """The types and the known small tensors under two choices of sizes for the free dims.
 
-    def __init__(self, graph: ir.Graph, nodes: list[_Node], free: dict[str, int], probes: _Probes) -> None:
+    cut: by how much the second makes shorter what is sliced off a free dim by fixed numbers: the input may be shorter
+    than they say. With 0 it is believed to be longer, as what is behind it may need.
+    """
+
+    def __init__(self, graph: ir.Graph, nodes: list[_Node], free: dict[str, int], probes: _Probes, cut: int) -> None:
         sizes = [{name: _prime(n, axis, probe) for n, (name, axis) in enumerate(free.items())} for probe in probes]
-        results = [_propagate(graph, nodes, chosen) for chosen in (sizes if free else sizes[:1])]
+        choices = list(zip(sizes, (0, cut), strict=True)) if free else [(sizes[0], 0)]
+        results = [_propagate(graph, nodes, chosen, less) for chosen, less in choices]
         self.types = (results[0][0], results[-1][0])
         self.known = (results[0][1], results[-1][1])
         self.symbols = {(sizes[0][name], sizes[1][name]): name for name in free}
@@ -141,7 +147,9 @@ def _prime(number: int, axis: int, probe: tuple[tuple[int, ...], tuple[int, ...]
     return sizes[number] if number < len(sizes) else sizes[-1] + 2 * (number - len(sizes) + 1)
 
 
-def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> tuple[Types, dict[str, onnx.TensorProto]]:
+def _propagate(
+    graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int], cut: int
+) -> tuple[Types, dict[str, onnx.TensorProto]]:
     """The types under one choice of sizes, and the small tensors that follow from the shapes alone."""
     types: Types = {}
     known: dict[str, onnx.TensorProto] = {}
@@ -189,6 +197,8 @@ def _propagate(graph: ir.Graph, nodes: list[_Node], sizes: dict[str, int]) -> tu
             _scored(entry, types)
         if entry.node.op_type in _POOLS:
             _drop_outer_windows(entry, types)
+        if entry.node.op_type == "Slice" and cut:
+            _shorten(entry, types, known, sizes.values(), cut)
         _compute(entry, types, known, folding)
     return types, known
 
@@ -215,6 +225,27 @@ def _unpooled(entry: _Node, types: Types, known: dict[str, onnx.TensorProto]) ->
     rank = len(x.shape.dim) if x.HasField("shape") else None
     dims = [None] * rank if shape is None and rank else onnx.numpy_helper.to_array(shape).tolist() if shape else None
     types[entry.proto.output[0]] = onnx.helper.make_tensor_type_proto(x.elem_type, dims)
+
+
+def _shorten(entry: _Node, types: Types, known: dict[str, onnx.TensorProto], free: Collection[int], cut: int) -> None:
+    """Of x[:, :100], where the axis is free, no more than 100 is known."""
+    step, data = Step(entry.node), types[entry.proto.input[0]].tensor_type.shape.dim
+    starts, ends, axes = (_integers(step, name, known) for name in ("starts", "ends", "axes"))
+    made = types[entry.proto.output[0]].tensor_type.shape.dim
+    if starts is None or ends is None or len(made) != len(data):
+        return
+    for start, end, axis in zip(starts, ends, axes if axes is not None else range(len(starts)), strict=False):
+        size, out = data[axis].dim_value, made[axis]
+        if size in free and 1 < out.dim_value < size and (0 <= start < end < size or (start < 0 and end >= size)):
+            out.dim_value -= cut
+
+
+def _integers(step: Step, name: str, known: dict[str, onnx.TensorProto]) -> list[int] | None:
+    """An argument by its name, whether it is an attribute or an input; None where it is not known."""
+    value = step.tensor(name)
+    if value is None:
+        return step.ints(name)
+    return onnx.numpy_helper.to_array(known[value.name or ""]).ravel().tolist() if value.name in known else None
 
 
 def _drop_outer_windows(entry: _Node, types: Types) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -421,6 +422,37 @@ def test_slice_of_computed_places(name: str, dims: tuple[int | str, ...]) -> Non
     nodes = parser.parse_model(whole).graph.node
     model = small_model(list(nodes), {"x0": list(dims)}, constants=used, dtype=DOUBLE)
     assert_right(model, values([2, 6, 7]), linear=True)
+
+
+def sliced(text: str, dims: Sequence[int | str], weight: Sequence[int]) -> ModelProto:
+    whole = f'<ir_version: 8, opset_import: ["" : 17]> agraph (float[1] x) => (float y) {{ {text} }}'
+    nodes = list(parser.parse_model(whole).graph.node)
+    numbers = {"zero": [0], "many": [100], "minus": [-100], "far": [2**62], "one": [1], "axes": [1, 2], "zeros": [0, 0]}
+    used = set(re.findall(r"\w+", text))
+    constants = {n: np.array(v) for n, v in (numbers | {"sizes": [6, 5]}).items() if n in used}
+    return small_model(nodes, {"x": list(dims)}, constants={**constants, "w": np.ones(weight, np.float32)})
+
+
+@pytest.mark.parametrize("part", ["Slice (x, zero, many, one)", "Slice (x, minus, far, one)"])
+@pytest.mark.parametrize("length", [60, 100, 150])
+def test_slice_that_is_longer_than_a_free_axis(part: str, length: int) -> None:
+    """What is sliced off is as long as the slice says, or as the input is; the mean divides by that."""
+    text = f"part = {part}  m = ReduceMean <axes=[1], keepdims=0> (part)  y = MatMul (m, w)"
+    converted = onnxgbp.convert(sliced(text, ["N", "L", 4], [4, 3]), method="gradient", target=1)
+    got = ort_run(converted, {"x": np.ones((2, length, 4), np.float32)})["attribution"]
+    taken = min(length, 100)
+    expected = np.zeros((2, length, 4), np.float32)
+    expected[:, length - taken if "minus" in part else 0 :][:, :taken] = 1 / taken
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_slice_whose_length_is_needed() -> None:
+    text = "part = Slice (x, zeros, sizes, axes)  flat = Flatten (part)  y = MatMul (flat, w)"
+    converted = onnxgbp.convert(sliced(text, ["N", "H", "W"], [30, 3]), method="gradient", target=1)
+    got = ort_run(converted, {"x": np.ones((2, 7, 9), np.float32)})["attribution"]
+    expected = np.zeros((2, 7, 9), np.float32)
+    expected[:, :6, :5] = 1
+    np.testing.assert_array_equal(got, expected)
 
 
 # --- Pad ------------------------------------------------------------------------------------------
