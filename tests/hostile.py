@@ -517,6 +517,17 @@ FILES: dict[str, Callable[[], bytes]] = {
         node("Conv", ["r", "v"], ["m"], kernel_shape=[3]),
         x=(1, 2, 8),
     ).SerializeToString(),
+    "Slice by 2^40 computed starts": lambda: between(
+        node("Shape", ["r"], ["shape"]),
+        node("Expand", ["shape", "huge"], ["starts"]),
+        node("Slice", ["r", "starts", "starts"], ["m"]),
+        huge=ints(HUGE, 1),
+    ).SerializeToString(),
+    "Tile by more computed repeats than axes": lambda: between(
+        node("Shape", ["r"], ["shape"]),
+        node("Concat", ["shape", "shape"], ["repeats"], axis=0),
+        node("Tile", ["r", "repeats"], ["m"]),
+    ).SerializeToString(),
     "Pad by -2^63": lambda: _one("Pad", "p", p=ints(0, HUGE, -(1 << 63), HUGE), opset=17).SerializeToString(),
     "Transpose by 2^40": lambda: _one("Transpose", perm=[HUGE]).SerializeToString(),
     "Pad without pads, with a body": lambda: _one(

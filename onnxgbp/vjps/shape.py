@@ -90,6 +90,8 @@ def _pad_by(op: Emit, s: Step, pads: ir.Value) -> ir.Value:
     """The same by pads that are computed while the model runs, which may crop as well: all begins, then all ends."""
     axes = [axis % s.rank() for axis in s.ints("axes") or range(s.rank())]
     count, mode, dy = len(axes), str(s.argument("mode")), s.dy
+    if (dims_of(pads) or (2 * count,))[0] != 2 * count:
+        raise s.refuse(f"its pads are no two for each of {count} axes; the model is not valid")
     if pads.dtype != ir.DataType.INT64:
         pads = op.Cast(pads, to=int(ir.DataType.INT64))
     if mode != "constant":
@@ -137,6 +139,8 @@ def slice_x(op: Emit, s: Step) -> ir.Value:
     starts, ends = _numbers(op, s, "starts"), _numbers(op, s, "ends")
     axes = [axis % rank for axis in s.ints("axes") or range(len(starts))]
     steps = s.ints("steps") or [1] * len(axes)
+    if not len(starts) == len(ends) == len(axes) == len(steps) <= rank:
+        raise s.refuse("its starts, ends, axes and steps differ in number; the model is not valid")
     begins: list[ir.Value | int] = [0] * rank
     rests: list[ir.Value | int] = [0] * rank
     scattered = []
@@ -165,6 +169,8 @@ def _numbers(op: Emit, s: Step, name: str) -> Sequence[ir.Value | int]:
     value = s.tensor(name)
     dims = dims_of(value) if value is not None and constant_value(value) is None else None
     if value is not None and dims and isinstance(dims[0], int):
+        if dims[0] > s.rank():
+            raise s.refuse(f"it has {dims[0]} {name} for {s.rank()} axes; the model is not valid")
         each = [op.Gather(value, [i], axis=0) for i in range(dims[0])]
         return each if value.dtype == ir.DataType.INT64 else [op.Cast(one, to=int(ir.DataType.INT64)) for one in each]
     numbers = s.ints(name)
@@ -201,6 +207,8 @@ def expand_x(op: Emit, s: Step) -> ir.Value:
 def tile_x(op: Emit, s: Step) -> ir.Value:
     """Each repeated axis becomes two, of which the first is summed."""
     repeats = _numbers(op, s, "repeats")
+    if len(repeats) != s.rank():
+        raise s.refuse(f"it has {len(repeats)} repeats for {s.rank()} axes; the model is not valid")
     parts: list[ir.Value | int] = []
     summed = []
     dims = dims_of(s.x) or ()
