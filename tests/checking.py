@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -629,6 +631,23 @@ def small_model(
     model.graph.ClearField("output")
     model.graph.output.extend(inferred.graph.output)
     return model
+
+
+def written_model(
+    text: str,
+    inputs: Mapping[str, Sequence[int | str | None] | None],
+    constants: Mapping[str, Array],
+    *,
+    opset: int = 17,
+    dtype: int = TensorProto.FLOAT,
+) -> onnx.ModelProto:
+    """A `small_model` whose nodes are written in the textual syntax of ONNX, with those constants that it reads."""
+    head = f'<ir_version: 8, opset_import: ["" : {opset}]> written (float[1] {next(iter(inputs))}) => (float y)'
+    nodes = onnx.parser.parse_model(f"{head} {{ {text} }}").graph.node
+    words = set(re.findall(r"\w+", text))
+    return small_model(
+        nodes, inputs, constants={n: a for n, a in constants.items() if n in words}, opset=opset, dtype=dtype
+    )
 
 
 def optimised(

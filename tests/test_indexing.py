@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
-from checking import Array, apart, check_vjp, ort_run, small_model
-from onnx import ModelProto, TensorProto, helper, parser
+from checking import Array, apart, check_vjp, ort_run, small_model, written_model
+from onnx import ModelProto, TensorProto, helper
 
 import onnxgbp
 
@@ -303,11 +302,9 @@ def test_resize_of_free_sizes(name: str, dims: tuple[int | str, ...], profile: s
     text, opset = FREE[name]
     ints = {"zero": [0], "second": [2], "to": [4, 9]}
     floats: dict[str, list[float]] = {"scales": [1, 1, 2, 1.5], "less": [1, 1, 0.7, 2], "factors": [0.5, 2], "none": []}
-    constants = {n: np.array(v, np.int64) for n, v in ints.items() if n in text}
-    constants |= {n: np.array(v, np.float32) for n, v in floats.items() if n in text}
-    whole = f'<ir_version: 4, opset_import: ["" : {opset}]> agraph (float[1] x0) => (float y) {{ {text} }}'
-    nodes = parser.parse_model(whole).graph.node
-    model = small_model(list(nodes), {"x0": list(dims)}, constants=constants, opset=opset)
+    constants = {n: np.array(v, np.int64) for n, v in ints.items()}
+    constants |= {n: np.array(v, np.float32) for n, v in floats.items()}
+    model = written_model(text, {"x0": dims}, constants, opset=opset)
     assert_linear_right(model, values([2, 2, 6, 8])["x0"].astype(np.float32), profile)
 
 
@@ -417,20 +414,14 @@ def test_slice_of_computed_places(name: str, dims: tuple[int | str, ...]) -> Non
     )
     numbers = {"zero": [0], "one": [1], "minus": [-1], "six": [6], "many": [99], "far": [2**62]}
     numbers |= {"starts": [1, -6], "axes": [1, 2], "steps": [1, 2]}
-    used = {n: np.array(v) for n, v in numbers.items() if n in text}
-    whole = f'<ir_version: 8, opset_import: ["" : 17]> agraph (double[1] x0) => (double y) {{ {text} }}'
-    nodes = parser.parse_model(whole).graph.node
-    model = small_model(list(nodes), {"x0": list(dims)}, constants=used, dtype=DOUBLE)
+    model = written_model(text, {"x0": dims}, {n: np.array(v) for n, v in numbers.items()}, dtype=DOUBLE)
     assert_right(model, values([2, 6, 7]), linear=True)
 
 
 def sliced(text: str, dims: Sequence[int | str], weight: Sequence[int]) -> ModelProto:
-    whole = f'<ir_version: 8, opset_import: ["" : 17]> agraph (float[1] x) => (float y) {{ {text} }}'
-    nodes = list(parser.parse_model(whole).graph.node)
     numbers = {"zero": [0], "many": [100], "minus": [-100], "far": [2**62], "one": [1], "axes": [1, 2], "zeros": [0, 0]}
-    used = set(re.findall(r"\w+", text))
-    constants = {n: np.array(v) for n, v in (numbers | {"sizes": [6, 5]}).items() if n in used}
-    return small_model(nodes, {"x": list(dims)}, constants={**constants, "w": np.ones(weight, np.float32)})
+    constants = {n: np.array(v) for n, v in (numbers | {"sizes": [6, 5]}).items()}
+    return written_model(text, {"x": dims}, {**constants, "w": np.ones(weight, np.float32)})
 
 
 @pytest.mark.parametrize("part", ["Slice (x, zero, many, one)", "Slice (x, minus, far, one)"])
@@ -472,10 +463,8 @@ PADS = {
 def test_pad_by_what_is_computed(name: str, dims: tuple[int | str, ...]) -> None:
     text = f"shape = Shape (x0)  size = Gather (shape, one)  more = Sub (size, four)  less = Neg (more)  {PADS[name]}"
     numbers = {"zero": [0], "one": [1], "four": [4], "axes": [2, 1]}
-    used = {n: np.array(v) for n, v in numbers.items() if n in text}
-    whole = f'<ir_version: 8, opset_import: ["" : 19]> agraph (double[1] x0) => (double y) {{ {text} }}'
-    nodes = parser.parse_model(whole).graph.node
-    model = small_model(list(nodes), {"x0": list(dims)}, constants=used, opset=19, dtype=DOUBLE)
+    constants = {n: np.array(v) for n, v in numbers.items()}
+    model = written_model(text, {"x0": dims}, constants, opset=19, dtype=DOUBLE)
     assert_right(model, values([2, 6, 7]), linear=True)
 
 
@@ -485,10 +474,7 @@ def test_tile_by_what_is_computed(dims: tuple[int | str, ...]) -> None:
         "shape = Shape (x0)  size = Gather (shape, one)  half = Div (size, two)"
         "  repeats = Concat <axis=0> (two, half, one)  y = Tile (x0, repeats)"
     )
-    whole = f'<ir_version: 8, opset_import: ["" : 17]> agraph (double[1] x0) => (double y) {{ {text} }}'
-    nodes = parser.parse_model(whole).graph.node
-    used = {"one": np.array([1]), "two": np.array([2])}
-    model = small_model(list(nodes), {"x0": list(dims)}, constants=used, dtype=DOUBLE)
+    model = written_model(text, {"x0": dims}, {"one": np.array([1]), "two": np.array([2])}, dtype=DOUBLE)
     assert_right(model, values([2, 6, 7]), linear=True)
 
 
@@ -505,10 +491,7 @@ def test_tile_by_what_is_computed(dims: tuple[int | str, ...]) -> None:
     ],
 )
 def test_clip_to_bounds_of_the_input(text: str) -> None:
-    whole = f'<ir_version: 8, opset_import: ["" : 17]> agraph (double[1] x0) => (double y) {{ {text} }}'
-    nodes = parser.parse_model(whole).graph.node
-    used = {"step": np.array(0.7)} if "step" in text else {}
-    model = small_model(list(nodes), {"x0": ["N", 5]}, constants=used, dtype=DOUBLE)
+    model = written_model(text, {"x0": ["N", 5]}, {"step": np.array(0.7)}, dtype=DOUBLE)
     assert_right(model, values([2, 5]), linear=False)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from checking import ort_run, small_model
-from onnx import parser
+from checking import ort_run, written_model
 
 from onnxgbp.errors import OnnxgbpError
 from onnxgbp.opset import raise_opset
@@ -61,10 +60,8 @@ CHANGED = {
 
 def model_of(text: str, opset: int) -> onnx.ModelProto:
     scales = {"larger": [1, 1, 1.3, 2.6], "smaller": [1, 1, 0.7, 0.4], "mixed": [1, 1, 0.7, 2.6]}
-    used = {name: np.array(factors, np.float32) for name, factors in scales.items() if name in text}
-    whole = f'<ir_version: 4, opset_import: ["" : {opset}]> agraph (float[1] x) => (float y) {{ {text} }}'
-    nodes = parser.parse_model(whole).graph.node
-    return small_model(list(nodes), {"x": [1, 2, 7, 9]}, constants=used, opset=opset)
+    constants = {name: np.array(factors, np.float32) for name, factors in scales.items()}
+    return written_model(text, {"x": [1, 2, 7, 9]}, constants, opset=opset)
 
 
 @pytest.mark.parametrize("opset", [13, 18])
